@@ -1,0 +1,42 @@
+"""Dale's ANNs for PyTorch Lightning. Names load on first use: layers do not wait for Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_danns.callbacks import DaleProjection as DaleProjection
+    from lightning_danns.data import ImageDataModule as ImageDataModule
+    from lightning_danns.data import MNIST5kDataModule as MNIST5kDataModule
+    from lightning_danns.data import MNISTDataModule as MNISTDataModule
+    from lightning_danns.errors import UsageError as UsageError
+    from lightning_danns.layers import DaleModule as DaleModule
+    from lightning_danns.layers import DANNLinear as DANNLinear
+    from lightning_danns.layers import project_ as project_
+    from lightning_danns.modules import DANNMLP as DANNMLP
+    from lightning_danns.modules import MLP as MLP
+    from lightning_danns.modules import ImageClassifier as ImageClassifier
+    from lightning_danns.optim import fisher_param_groups as fisher_param_groups
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "layers": ("DANNLinear", "DaleModule", "project_"),
+    "optim": ("fisher_param_groups",),
+    "callbacks": ("DaleProjection",),
+    "modules": ("DANNMLP", "ImageClassifier", "MLP"),
+    "data": ("ImageDataModule", "MNIST5kDataModule", "MNISTDataModule"),
+    "errors": ("UsageError",),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_ROOM_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

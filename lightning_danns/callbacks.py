@@ -1,0 +1,70 @@
+"""Dale's principle during a Lightning fit: weights are projected before anyone can look."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.hooks import RemovableHandle
+
+from lightning_danns.errors import UsageError
+from lightning_danns.layers import project_, refuse_negative_inputs, sign_violations
+
+
+class DaleProjection(pl.Callback):
+    """Clamps the weights that must be non-negative as the last act of every optimizer step.
+
+    The modules of this package attach it themselves; give it to the Trainer for other modules. It hooks into the
+    optimizers, so it acts once per step under gradient accumulation, mixed precision and manual optimization, and
+    other callbacks, checkpoints and validation only ever see weights of the right sign. When a fit starts, it
+    refuses starting weights of the wrong sign, and the first inputs of each layer if they are negative.
+
+    An optimizer of your own that `configure_optimizers` does not return is out of its sight: call `project_`.
+
+    To project differently, subclass it and override `project`; the module then uses your instance.
+
+    Raises:
+        UsageError: at the start of a fit, for negative weights or inputs.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._end_input_check: Callable[[], None] = lambda: None
+
+    def project(self, pl_module: pl.LightningModule) -> None:
+        """Bring the weights back to their signs; runs after each optimizer step."""
+        project_(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_violations(pl_module)
+        self._end_input_check = refuse_negative_inputs(pl_module)
+
+        def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self.project(pl_module)
+
+        self._handles = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # again: sharded strategies restore a checkpoint only after on_fit_start
+        self._refuse_violations(pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remove_hooks()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        self._end_input_check()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @staticmethod
+    def _refuse_violations(pl_module: pl.LightningModule) -> None:
+        violations = sign_violations(pl_module)
+        if violations:
+            listing = ", ".join(f"{name} (lowest value {low:.4g})" for name, low in violations.items())
+            raise UsageError(
+                f"the starting weights break Dale's principle: {listing}. Apply lightning_danns.project_(model), "
+                "or start from weights that were trained under it"
+            )

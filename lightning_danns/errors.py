@@ -1,0 +1,5 @@
+"""The one exception for a user's mistake: a sentence with the offending value and the way out."""
+
+
+class UsageError(ValueError):
+    """Wrong input to this package. The command line prints its text and exits with status 2, without a traceback."""

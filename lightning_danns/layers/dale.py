@@ -1,0 +1,121 @@
+"""Dale's principle as a contract: layers declare which weights have a sign and how fast each learns; others ask.
+
+The projection and the group builder walk ``model.modules()`` and ask every `DaleModule`. They match neither
+parameter names nor concrete types, so a new layer joins by declaring itself.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_danns.errors import UsageError
+
+
+class DaleModule(nn.Module):
+    """A layer with signed weights. Subclasses declare three things about themselves:
+
+    Attributes:
+        nonnegative: names of the layer's own parameters that must stay >= 0. Names whose parameter is None
+            (a switched-off option) are passed over.
+        nonnegative_inputs: whether the layer is only defined for inputs >= 0.
+
+    Methods:
+        lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
+
+    Example:
+        >>> class Excitatory(DaleModule):
+        ...     nonnegative = ("W",)
+        ...
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.W = nn.Parameter(torch.rand(3, 4))
+        ...
+        ...     def lr_factors(self):
+        ...         return {"W": 0.5}
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.W.T
+        >>> layer = Excitatory()
+        >>> _ = layer.W.data.sub_(1)
+        >>> project_(layer)
+        >>> bool((layer.W >= 0).all())
+        True
+    """
+
+    nonnegative: ClassVar[tuple[str, ...]] = ()
+    nonnegative_inputs: ClassVar[bool] = True
+
+    def lr_factors(self) -> dict[str, float]:
+        """Learning-rate factor by name of own parameter; a name left out has factor 1."""
+        return {}
+
+    def nonnegative_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that must stay >= 0."""
+        for name in self.nonnegative:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                yield name, parameter
+
+
+def dale_layers(model: nn.Module) -> Iterator[tuple[str, DaleModule]]:
+    """Qualified names and layers of all `DaleModule`s in ``model``, itself included."""
+    for name, module in model.named_modules():
+        if isinstance(module, DaleModule):
+            yield name, module
+
+
+@torch.no_grad()
+def project_(model: nn.Module) -> None:
+    """Clamp every parameter that must be non-negative: W <- max(W, 0). Call it after each optimizer step.
+
+    `DaleProjection` does this for Lightning; this function is for your own training loop.
+    """
+    for module in model.modules():
+        if isinstance(module, DaleModule):
+            for _, parameter in module.nonnegative_parameters():
+                parameter.clamp_(min=0)
+
+
+def sign_violations(model: nn.Module) -> dict[str, float]:
+    """Lowest value of each parameter that is not >= 0 everywhere (NaN counts), by qualified name."""
+    violations = {}
+    for layer_name, layer in dale_layers(model):
+        for name, parameter in layer.nonnegative_parameters():
+            if not bool((parameter.detach() >= 0).all()):
+                violations[f"{layer_name}.{name}" if layer_name else name] = float(parameter.detach().min())
+    return violations
+
+
+def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
+    """Check the next input of every `DaleModule` in ``model``, once each, and return a function that ends it.
+
+    Pixels in [0, 1] and ReLU outputs are valid inputs; pixels normalised by mean and standard deviation are not.
+
+    Raises:
+        UsageError: from the forward pass, when a layer receives an input below 0; names layer and value.
+    """
+    handles: dict[nn.Module, tuple[str, RemovableHandle]] = {}
+
+    def check(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        name, handle = handles.pop(layer)
+        handle.remove()
+        if args and isinstance(args[0], Tensor) and bool((args[0] < 0).any()):
+            raise UsageError(
+                f"layer {name!r} ({type(layer).__name__}) received an input of {float(args[0].min()):.4g}, but "
+                "its inputs must be >= 0: give it pixels in [0, 1] (not normalised by mean and std) or the "
+                "output of a ReLU"
+            )
+
+    for name, layer in dale_layers(model):
+        if layer.nonnegative_inputs:
+            handles[layer] = (name, layer.register_forward_pre_hook(check))
+
+    def end() -> None:
+        for _, handle in handles.values():
+            handle.remove()
+        handles.clear()
+
+    return end

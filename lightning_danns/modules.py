@@ -1,0 +1,231 @@
+"""The experiments as LightningModules: arguments -> network -> one shared step -> optimizers -> callbacks."""
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_danns.callbacks import DaleProjection
+from lightning_danns.errors import UsageError
+from lightning_danns.networks import DANNFamily, Norm, StandardFamily, mlp
+from lightning_danns.optim import (
+    Correction,
+    fisher_optimizer,
+    fisher_param_groups,
+    rehearse_scheduler,
+    require_factors,
+)
+
+
+class ImageClassifier(pl.LightningModule):
+    """Trains ``self.network`` to classify images by cross-entropy, under Dale's principle where it has signed layers.
+
+    Logs loss and accuracy of each epoch as ``train_loss``, ``train_accuracy``, ``val_loss``, ... A subclass sets
+    ``self.network`` after ``super().__init__(...)`` and inherits the rest:
+
+    Example:
+        >>> from lightning_danns import DANNLinear
+        >>> class MyDANN(ImageClassifier):
+        ...     def __init__(self, width: int = 200, **kwargs):
+        ...         super().__init__(**kwargs)
+        ...         self.network = nn.Sequential(
+        ...             nn.Flatten(),
+        ...             DANNLinear(784, width, width // 10, inputs="pixels"),
+        ...             nn.ReLU(),
+        ...             DANNLinear(width, self.num_classes, 1),
+        ...         )
+        >>> MyDANN(width=100)(torch.rand(32, 1, 28, 28)).shape
+        torch.Size([32, 10])
+
+    Args:
+        input_shape: shape of one image, (channels, height, width). The command line takes it from the data.
+        num_classes: number of classes. The command line takes it from the data.
+        correction: ``"fisher"`` scales the learning rates of inhibitory parameters by the factors that the layers
+            declare; ``"none"`` leaves them alone.
+        optimizer: a function from parameter groups to a torch optimizer, e.g.
+            ``functools.partial(torch.optim.SGD, lr=0.1)``.
+        lr_scheduler: a function from an optimizer to a scheduler, stepped once an epoch.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        input_shape: Sequence[int] = (1, 28, 28),
+        num_classes: int = 10,
+        correction: Correction = "fisher",
+        # a lambda, because the command line reads the default from its source and shows it in config.yaml
+        optimizer: OptimizerCallable = lambda groups: torch.optim.SGD(groups, lr=0.1),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.input_shape, self.num_classes = tuple(input_shape), num_classes
+        self.correction = correction
+        self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
+        self.metrics: dict[str, Metric] = nn.ModuleDict()  # type: ignore[assignment]
+        for stage in ("train", "val", "test"):
+            self.metrics[f"{stage}_loss"] = MeanMetric()
+            self.metrics[f"{stage}_accuracy"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def shared_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        """Loss of one batch (images, labels); counts it into the metrics of ``stage``."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        self.metrics[f"{stage}_loss"].update(loss.detach(), len(labels))
+        self.metrics[f"{stage}_accuracy"].update(logits.detach(), labels)
+        return loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self.shared_step(batch, "train")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.shared_step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.shared_step(batch, "test")
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Class probabilities, (batch, num_classes)."""
+        return self(batch[0]).softmax(-1)
+
+    def on_train_epoch_end(self) -> None:
+        self._log_epoch("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test")
+
+    def _log_epoch(self, stage: str) -> None:
+        for name in (f"{stage}_loss", f"{stage}_accuracy"):
+            self.log(name, self.metrics[name], prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the Fisher-corrected parameter groups, and its scheduler if one is given."""
+        groups = fisher_param_groups(self, self.correction)
+        optimizer = fisher_optimizer(self.optimizer_factory, groups)
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        rehearse_scheduler(self.lr_scheduler_factory, optimizer)
+        scheduler = self.lr_scheduler_factory(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config["monitor"] = getattr(scheduler, "monitor", "val_loss")
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # catches whatever sets learning rates from outside: StochasticWeightAveraging, the Tuner, own callbacks
+        require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """`DaleProjection`, unless the Trainer already has one."""
+        return self._with_projection([])
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "configure_callbacks" in vars(cls):  # overridden without super(), it would lose the projection
+            own = cls.configure_callbacks
+
+            @functools.wraps(own)
+            def configure_callbacks(self: "ImageClassifier") -> list[pl.Callback]:
+                callbacks = own(self)
+                return self._with_projection(list(callbacks) if isinstance(callbacks, Sequence) else [callbacks])
+
+            cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
+
+    def _with_projection(self, callbacks: list[pl.Callback]) -> list[pl.Callback]:
+        present = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
+        if any(isinstance(callback, DaleProjection) for callback in present):
+            return callbacks
+        return [*callbacks, DaleProjection()]
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: Sequence[str] | str | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """As Lightning's, but never keeps a callable: a checkpoint with one does not load with ``weights_only``."""
+        frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
+        stored: list[dict[str, Any]] = [self._hparams, self._hparams_initial]  # type: ignore[list-item]
+        for hparams in stored:
+            for name in [name for name, value in hparams.items() if callable(value)]:
+                del hparams[name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another network before torch does, and say what differs."""
+        _refuse_other_network(self, checkpoint)
+
+
+def _refuse_other_network(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if ours == theirs:
+        return
+    name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
+    hparams = checkpoint.get("hyper_parameters", {})
+    described = ", ".join(f"{key}={value}" for key, value in hparams.items() if not key.startswith("_"))
+    raise UsageError(
+        f"the checkpoint holds another network than this {type(model).__name__}: {name} is "
+        f"{ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there. It was saved by a model with "
+        f"{described or 'unknown arguments'}"
+    )
+
+
+class DANNMLP(ImageClassifier):
+    """Multilayer perceptron of Dale's ANN layers; its output layer has one interneuron.
+
+    Args:
+        hidden_sizes: excitatory units of each hidden layer.
+        ni: interneurons, one number for every hidden layer or one each; a tenth of the units if not given.
+        divisive: whether inhibition divides as well as subtracts.
+        kwargs: see `ImageClassifier`.
+
+    Example:
+        >>> model = DANNMLP(hidden_sizes=[500, 500, 500], ni=50)
+        >>> model(torch.rand(32, 1, 28, 28)).shape
+        torch.Size([32, 10])
+        >>> from lightning_danns.testing import assert_dale
+        >>> assert_dale(model)
+    """
+
+    def __init__(
+        self,
+        hidden_sizes: Sequence[int] = (500, 500, 500),
+        ni: int | list[int] | None = None,
+        divisive: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, DANNFamily(divisive), ni)
+
+
+class MLP(ImageClassifier):
+    """Ordinary multilayer perceptron, the control: W ~ N(0, k/d) with k = 1 in the first layer and 2 elsewhere.
+
+    Args:
+        hidden_sizes: units of each hidden layer.
+        norm: normalisation of the hidden layers: ``"none"``, ``"layer"`` or ``"batch"``.
+        kwargs: see `ImageClassifier`.
+    """
+
+    def __init__(self, hidden_sizes: Sequence[int] = (500, 500, 500), norm: Norm = "none", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, StandardFamily(norm))

@@ -1,0 +1,59 @@
+"""Fixtures shared by the tests: reference arrays, tiny data sets, a quiet Trainer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """Arrays by key, computed in float64 by the authors' own release (see tests/README.md)."""
+    with np.load(Path(__file__).with_name("dann_reference.npz")) as file:
+        return {key: torch.from_numpy(np.asarray(file[key])) for key in file}
+
+
+def images_and_labels(n, shape=(28, 28), seed=0):
+    """``n`` random uint8 images whose mean brightness tells their label, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 10
+    images = rng.integers(0, 256, (n, *shape)) * (labels + 1).reshape(-1, *[1] * len(shape)) // 10
+    return images.astype(np.uint8), labels.astype(np.uint8)
+
+
+def write_data(folder, name="mnist", n_train=200, n_test=60, shape=(28, 28)):
+    """A small data file in the real layout."""
+    x_train, y_train = images_and_labels(n_train, shape)
+    x_test, y_test = images_and_labels(n_test, shape, seed=1)
+    np.savez(folder / f"{name}.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A folder with a small ``mnist.npz`` of random images."""
+    write_data(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A Trainer that writes nothing and runs on the CPU, unless told otherwise."""
+    import pytorch_lightning as pl
+
+    def make(**kwargs):
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return pl.Trainer(**{**quiet, **kwargs})
+
+    return make
