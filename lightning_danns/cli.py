@@ -48,6 +48,10 @@ def _refuse_option(value: Any) -> Any:
 class Parser(LightningArgumentParser):
     """Says what is wrong in a few lines, with the nearest known name, instead of pages of usage."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # no abbreviations: a misspelt option must not pass for another
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
@@ -97,7 +101,21 @@ class CLI(LightningCLI):
             parser.add_argument(option, type=_refuse_option, help="not available: use --model.optimizer")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's arguments override config and command line; here the config rules."""
+        """Check that the checkpoint can be read. Lightning would also let its arguments override config and command
+        line; here the config rules, and a checkpoint of another network is refused."""
+        path = self.config[self.config.subcommand].ckpt_path
+        if path is None or path in ("best", "last", "hpc", "registry") or "://" in path:
+            return
+        if not os.path.exists(path):
+            raise UsageError(f"checkpoint {path} does not exist")
+        if os.path.isfile(path):  # sharded checkpoints are folders
+            try:
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:
+                raise UsageError(
+                    f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged, or holds more than "
+                    "weights and plain values"
+                ) from error
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -106,6 +124,8 @@ class CLI(LightningCLI):
             config.run_dir = os.path.join("runs", model, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
         folder = Path(config.run_dir)
         self.folder = folder if self.subcommand == "fit" else folder / str(self.subcommand)
+        if self.subcommand == "fit" and config.ckpt_path is None:
+            refuse_used_folder(folder)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(self.folder)
 
@@ -123,7 +143,7 @@ class CLI(LightningCLI):
         paths = {}
         if isinstance(checkpoints, ModelCheckpoint):
             paths = {"best": checkpoints.best_model_path, "last": checkpoints.last_model_path}
-        self._print_summary({name: path for name, path in paths.items() if path})
+        self._print_summary({name: path for name, path in paths.items() if os.path.exists(path)})
 
     def after_validate(self) -> None:
         self._print_summary({})
@@ -154,13 +174,28 @@ class CLI(LightningCLI):
             print(f"test them:  python {sys.argv[0]} test --config {config} --ckpt_path {path}")
 
 
+def refuse_used_folder(folder: Path) -> None:
+    """A fresh fit must not overwrite the checkpoints of an earlier one. (SLURM requeues find theirs by themselves.)"""
+    if not _is_rank_zero() or any(folder.glob("hpc_ckpt_*")):
+        return
+    if (folder / "checkpoints").exists():
+        raise UsageError(
+            f"run folder {folder} holds the checkpoints of an earlier fit: continue that one with --ckpt_path last, "
+            "or choose another --run_dir"
+        )
+
+
 def keep_earlier(path: Path) -> None:
     """Rename a log of an earlier start in the same folder, because the logger would wipe it."""
-    if path.exists() and getattr(rank_zero_only, "rank", 0) == 0:
+    if path.exists() and _is_rank_zero():
         number = 1
         while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
             number += 1
         path.rename(earlier)
+
+
+def _is_rank_zero() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def main(args: ArgsType = None) -> CLI:

@@ -103,8 +103,9 @@ def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
         name, handle = handles.pop(layer)
         handle.remove()
         if args and isinstance(args[0], Tensor) and bool((args[0] < 0).any()):
+            lowest = float(args[0].detach().min())
             raise UsageError(
-                f"layer {name!r} ({type(layer).__name__}) received an input of {float(args[0].min()):.4g}, but "
+                f"layer {name!r} ({type(layer).__name__}) received an input of {lowest:.4g}, but "
                 "its inputs must be >= 0: give it pixels in [0, 1] (not normalised by mean and std) or the "
                 "output of a ReLU"
             )

@@ -160,8 +160,19 @@ class ImageClassifier(pl.LightningModule):
         frame: FrameType | None = None,
         logger: bool = True,
     ) -> None:
-        """As Lightning's, but never keeps a callable: a checkpoint with one does not load with ``weights_only``."""
+        """As Lightning's, with two differences that make every checkpoint load from its path alone.
+
+        Only the arguments of the concrete class are kept, not those that it passes to its bases by itself; and no
+        callable is, because a checkpoint with one does not load with ``weights_only``.
+        """
         frame = frame or inspect.currentframe().f_back  # type: ignore[union-attr]
+        while (
+            frame
+            and (outer := frame.f_back)
+            and outer.f_code.co_name == "__init__"
+            and outer.f_locals.get("self") is self
+        ):
+            frame = outer
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
         stored: list[dict[str, Any]] = [self._hparams, self._hparams_initial]  # type: ignore[list-item]
         for hparams in stored:
@@ -179,10 +190,11 @@ def _refuse_other_network(model: pl.LightningModule, checkpoint: Mapping[str, An
     if ours == theirs:
         return
     name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
-    hparams = checkpoint.get("hyper_parameters", {})
-    described = ", ".join(f"{key}={value}" for key, value in hparams.items() if not key.startswith("_"))
+    theirs_hparams = checkpoint.get("hyper_parameters", {})
+    different = {k: v for k, v in theirs_hparams.items() if k in model.hparams and v != model.hparams[k]}
+    described = ", ".join(f"{key}={value}" for key, value in different.items() if key != "optimizer")
     raise UsageError(
         f"the checkpoint holds another network than this {type(model).__name__}: {name} is "
         f"{ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there. It was saved by a model with "
-        f"{described or 'unknown arguments'}"
+        f"{described or 'other layers'}"
     )

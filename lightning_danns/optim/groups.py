@@ -149,7 +149,8 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
     if not rates:
         return
     low, high = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
-    if rates[high] - rates[low] > 1e-6 * abs(rates[high]):
+    # below 1e-30 rates have decayed to nothing, and lose digits
+    if rates[high] - rates[low] > max(1e-6 * abs(rates[high]), 1e-30):
         raise UsageError(
             f"{culprit} set learning rates that destroy the learning-rate factors: base rate {rates[low]:.4g} in "
             f"group {low!r} but {rates[high]:.4g} in {high!r}. Use a scheduler that multiplies rates "

@@ -1,0 +1,212 @@
+"""Data modules: splits, batches, files made and files refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import images_and_labels, write_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+import lightning_danns.data as data
+from lightning_danns import ImageDataModule, MNIST5kDataModule, MNISTDataModule, UsageError
+from lightning_danns.data import ImageDataset, read_arrays, stratified_split
+
+
+def loaded(data_dir, **kwargs):
+    module = MNISTDataModule(str(data_dir), **{"val_size": 50, **kwargs})
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+@settings(deadline=None, max_examples=50)
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), part=st.floats(0, 1), seed=st.integers(0, 99))
+def test_split_is_a_partition_with_each_class_its_share(labels, part, seed):
+    labels = torch.tensor(labels)
+    size = int(part * len(labels))
+    rest, held_out = stratified_split(labels, size, seed)
+    assert len(held_out) == size
+    assert sorted([*rest.tolist(), *held_out.tolist()]) == list(range(len(labels)))
+    for label in labels.unique():
+        share = (labels == label).sum().item() * size / len(labels)
+        assert abs((labels[held_out] == label).sum().item() - share) <= 1
+
+
+def test_split_depends_on_its_own_seed_alone(data_dir):
+    torch.manual_seed(1)
+    first = loaded(data_dir).val_set.images
+    torch.manual_seed(2)
+    assert torch.equal(loaded(data_dir).val_set.images, first)
+    assert not torch.equal(loaded(data_dir, split_seed=1).val_set.images, first)
+
+
+def test_images_are_kept_as_bytes_and_served_as_unit_floats(data_dir):
+    module = loaded(data_dir)
+    assert module.train_set.images.dtype == torch.uint8
+    images, labels = next(iter(module.test_dataloader()))
+    assert images.shape == (32, 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert 0 <= images.min() <= images.max() <= 1
+    with np.load(data_dir / "mnist.npz") as file:
+        torch.testing.assert_close(images[:, 0], torch.from_numpy(file["x_test"][:32] / np.float32(255)))
+        assert labels.tolist() == file["y_test"][:32].tolist()
+
+
+def test_an_epoch_serves_every_training_image_once_in_a_seeded_order(data_dir):
+    module = loaded(data_dir, batch_size=7)
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        return torch.cat([images for images, _ in module.train_dataloader()]).mul(255).round().byte()
+
+    assert torch.equal(epoch(0), epoch(0))
+    assert not torch.equal(epoch(0), epoch(1))
+    order = torch.cat([epoch(0).flatten(1), module.train_set.images.flatten(1)]).unique(dim=0)
+    assert len(order) == len(module.train_set.images.flatten(1).unique(dim=0)) == 150
+
+
+def test_batched_indexing_equals_one_image_at_a_time():
+    images, labels = (torch.from_numpy(array) for array in images_and_labels(20))
+    dataset = ImageDataset(images[:, None], labels.long())
+    batch = dataset.__getitems__([3, 1, 19])
+    for position, index in enumerate([3, 1, 19]):
+        image, label = dataset[index]
+        assert torch.equal(batch[0][position], image)
+        assert torch.equal(image[0], images[index].float() / 255)
+        assert batch[1][position] == label
+
+
+def test_worker_processes_serve_the_same_batches(data_dir):
+    alone, helped = loaded(data_dir), loaded(data_dir, num_workers=1)
+    for one, other in zip(alone.test_dataloader(), helped.test_dataloader(), strict=True):
+        assert torch.equal(one[0], other[0])
+
+
+def test_no_validation_set_means_training_on_everything(data_dir):
+    module = loaded(data_dir, val_size=0)
+    assert len(module.train_set) == 200
+    assert module.val_dataloader() == []
+
+
+def test_colour_images_come_channels_first(tmp_path):
+    class Colour(ImageDataModule):
+        dataset, image_shape, num_classes = "colour", (3, 8, 6), 10
+
+    write_data(tmp_path, "colour", shape=(8, 6, 3))
+    module = Colour(str(tmp_path), val_size=10)
+    module.setup()
+    with np.load(tmp_path / "colour.npz") as file:
+        assert torch.equal(module.test_set.images[4], torch.from_numpy(file["x_test"][4].transpose(2, 0, 1)))
+    assert isinstance(module.train_dataloader(), DataLoader)
+
+
+def test_mnist5k_is_real_balanced_and_needs_no_download(tmp_path):
+    module = MNIST5kDataModule(str(tmp_path))
+    module.prepare_data()
+    module.setup()
+    assert (tmp_path / "mnist5k.npz").exists()
+    for dataset, count in ((module.train_set, 350), (module.val_set, 50), (module.test_set, 100)):
+        assert torch.bincount(dataset.labels).tolist() == [count] * 10
+        assert 0.12 < dataset[:][0].mean() < 0.14  # MNIST's mean pixel is 0.1307
+    everything = torch.cat([s.images.flatten(1) for s in (module.train_set, module.val_set, module.test_set)])
+    assert len(everything.unique(dim=0)) == 5000
+
+
+class FakeTorchvision:
+    """Stands for torchvision.datasets.MNIST: the same attributes, no network."""
+
+    def __init__(self, root, train, download):
+        images, labels = images_and_labels(30 if train else 20)
+        self.data, self.targets = torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def test_the_file_is_made_once_from_torchvision(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.MNIST", FakeTorchvision)
+    folder = tmp_path / "new"
+    module = loaded(folder, val_size=10)
+    assert len(module.train_set) == 20
+    assert [path.name for path in folder.iterdir()] == ["mnist.npz"]
+    monkeypatch.setattr("torchvision.datasets.MNIST", None)  # not needed again
+    loaded(folder, val_size=10)
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", unreachable)
+    with pytest.raises(UsageError, match=r"could not be downloaded.*mnist\.npz.*x_train, y_train"):
+        loaded(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted(file, **arrays):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", interrupted)
+    with pytest.raises(UsageError, match="No space left"):
+        data.write_arrays(tmp_path / "mnist.npz", {})
+    assert not list(tmp_path.iterdir())
+
+
+def broken(folder, **changes):
+    """A data file with some arrays changed; None removes one."""
+    write_data(folder)
+    with np.load(folder / "mnist.npz") as file:
+        arrays = {key: file[key] for key in file}
+    arrays.update(changes)
+    np.savez(folder / "mnist.npz", **{key: value for key, value in arrays.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, "lacks y_test"),
+        ({"x_train": np.zeros((200, 28, 28))}, "x_train.*float64.*uint8"),
+        ({"x_train": np.zeros((200, 32, 32), np.uint8)}, r"x_train.*\(200, 32, 32\).*N x 28 x 28"),
+        ({"x_test": np.zeros((0, 28, 28), np.uint8)}, "x_test.*N > 0"),
+        ({"y_train": np.zeros(199, np.uint8)}, r"y_train.*\(199,\) for 200 images"),
+        ({"y_train": np.zeros(200)}, "y_train.*float64.*integers"),
+        ({"y_train": np.full(200, 10)}, "y_train.*from 10 to 10.*from 0 to 9"),
+        ({"y_test": np.full(60, -1)}, "y_test.*from -1"),
+        ({"x_train": np.array([{}] * 200, dtype=object)}, "not a readable"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_array_and_value(tmp_path, changes, message):
+    broken(tmp_path, **changes)
+    with pytest.raises(UsageError, match=message):
+        loaded(tmp_path)
+
+
+def test_a_damaged_or_missing_file_is_refused_by_path(tmp_path):
+    path = tmp_path / "mnist.npz"
+    with pytest.raises(UsageError, match="does not exist"):
+        read_arrays(path, (1, 28, 28), 10)
+    write_data(tmp_path)
+    content = path.read_bytes()
+    for damaged in (b"", b"not a zip file", content[: len(content) // 2], content[:-100]):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match=r"mnist\.npz is not a readable"):
+            read_arrays(path, (1, 28, 28), 10)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 0xFF
+    path.write_bytes(flipped)
+    with pytest.raises(UsageError, match=r"mnist\.npz is not a readable"):
+        read_arrays(path, (1, 28, 28), 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"val_size": -1}, "val_size=-1"),
+        ({"val_size": 200}, "val_size=200 leaves nothing.*200 training images"),
+        ({"num_workers": -1}, "num_workers=-1"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_value(data_dir, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        loaded(data_dir, **arguments)

@@ -1,0 +1,157 @@
+"""Learning-rate factors: every parameter in one group, and refusals of what would undo the factors."""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler as schedulers
+
+from lightning_danns import DaleModule, DANNLinear, UsageError, fisher_param_groups
+from lightning_danns.optim import fisher_optimizer, rehearse_scheduler, require_factors
+
+SGD = functools.partial(torch.optim.SGD, lr=0.1)
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(DANNLinear(9, 6, 2), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), DANNLinear(6, 3, 1))
+
+
+def factor_by_name(model, groups):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
+
+
+def test_factors_are_those_of_the_method(model):
+    factors = factor_by_name(model, fisher_param_groups(model))
+    for index, d, ne in ((0, 9, 6), (4, 6, 3)):
+        expected = {
+            "Wex": 1, "g": 1, "b": 1, "Wix": 1 / math.sqrt(ne), "Wei": 1 / d, "alpha": 1 / (d * math.sqrt(ne))
+        }  # fmt: skip
+        for name, factor in expected.items():
+            assert factors[f"{index}.{name}"] == pytest.approx(factor, rel=1e-12)
+    assert factors["2.weight"] == factors["2.bias"] == 1
+
+
+@pytest.mark.parametrize("correction", ["fisher", "none", {"0.Wix": 0.5}])
+def test_every_trainable_parameter_is_in_exactly_one_group(model, correction):
+    model[2].weight.requires_grad_(False)
+    groups = fisher_param_groups(model, correction)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {p for p in model.parameters() if p.requires_grad}
+    names = [group["name"] for group in groups]
+    assert len(names) == len(set(names))
+
+
+def test_no_correction_is_one_ordinary_group(model):
+    (group,) = fisher_param_groups(model, "none")
+    assert group["lr_scale"] == 1
+
+
+def test_own_factors_by_name_and_refusals(model):
+    assert factor_by_name(model, fisher_param_groups(model, {"4.Wei": 0.25}))["4.Wei"] == 0.25
+    with pytest.raises(UsageError, match=r"'4\.Wie'"):
+        fisher_param_groups(model, {"4.Wie": 0.25})
+    with pytest.raises(UsageError, match=r"4\.Wei is -1"):
+        fisher_param_groups(model, {"4.Wei": -1})
+    with pytest.raises(UsageError, match="'fischer'"):
+        fisher_param_groups(model, "fischer")
+    with pytest.raises(UsageError, match="no trainable"):
+        fisher_param_groups(nn.ReLU())
+
+
+def test_a_shared_parameter_with_two_factors_is_refused():
+    class Half(DaleModule):
+        def __init__(self, W, factor):
+            super().__init__()
+            self.W, self.factor = W, factor
+
+        def lr_factors(self):
+            return {"W": self.factor}
+
+    W = nn.Parameter(torch.ones(2))
+    assert len(fisher_param_groups(nn.ModuleList([Half(W, 0.5), Half(W, 0.5)]))) == 1
+    with pytest.raises(UsageError, match=r"1\.W is shared.*0\.5 and 0\.25"):
+        fisher_param_groups(nn.ModuleList([Half(W, 0.5), Half(W, 0.25)]))
+
+
+def test_a_layer_that_names_a_parameter_it_lacks_is_refused():
+    class Typo(DANNLinear):
+        def lr_factors(self):
+            return {"Wxi": 0.5}
+
+    with pytest.raises(UsageError, match=r"Typo\.lr_factors.*'Wxi'.*Wex, Wix"):
+        fisher_param_groups(Typo(4, 3, 1))
+
+
+def test_groups_with_a_rate_step_like_scaled_gradients(model):
+    """For plain SGD, scaling a group's rate equals scaling its gradient."""
+    x = torch.rand(5, 9)
+    model(x).square().sum().backward()
+    factors = factor_by_name(model, fisher_param_groups(model))
+    expected = {name: p.detach() - 0.1 * factors[name] * p.grad for name, p in model.named_parameters()}
+    torch.optim.SGD(fisher_param_groups(model, lr=0.1)).step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name])
+
+
+KEPT = {
+    "StepLR": functools.partial(schedulers.StepLR, step_size=3),
+    "MultiStepLR": functools.partial(schedulers.MultiStepLR, milestones=[2, 5]),
+    "ExponentialLR": functools.partial(schedulers.ExponentialLR, gamma=0.9),
+    "LinearLR": functools.partial(schedulers.LinearLR, total_iters=7),
+    "PolynomialLR": functools.partial(schedulers.PolynomialLR, total_iters=7),
+    "LambdaLR": functools.partial(schedulers.LambdaLR, lr_lambda=lambda t: min(1.0, t / 5)),
+    "CosineAnnealingLR": functools.partial(schedulers.CosineAnnealingLR, T_max=9),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, total_iters=3), schedulers.CosineAnnealingLR(o, T_max=6)], milestones=[3]
+    ),
+}
+BROKEN = {
+    "OneCycleLR": functools.partial(schedulers.OneCycleLR, max_lr=0.1, total_steps=20),
+    "CyclicLR": functools.partial(schedulers.CyclicLR, base_lr=0.01, max_lr=0.1, cycle_momentum=False),
+    "CosineAnnealingLR": functools.partial(schedulers.CosineAnnealingLR, T_max=9, eta_min=1e-3),
+    "ReduceLROnPlateau": functools.partial(schedulers.ReduceLROnPlateau, min_lr=1e-3),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o), schedulers.CosineAnnealingLR(o, T_max=6, eta_min=0.01)], milestones=[100]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_multiplicative_schedulers_pass_and_keep_the_factors(model, name):
+    optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
+    rehearse_scheduler(KEPT[name], optimizer)
+    scheduler = KEPT[name](optimizer)
+    for _ in range(9):
+        optimizer.step()
+        scheduler.step()
+        rates = {group["name"]: group["lr"] / group["lr_scale"] for group in optimizer.param_groups}
+        assert list(rates.values()) == pytest.approx([rates["base"]] * len(rates), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_schedulers_with_absolute_rates_are_refused_before_training(model, name):
+    optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
+    before = [group["lr"] for group in optimizer.param_groups]
+    with pytest.raises(UsageError, match=rf"{name}.*destroy the learning-rate factors.*StepLR"):
+        rehearse_scheduler(BROKEN[name], optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == before  # rehearsed on a stand-in
+    rehearse_scheduler(BROKEN[name], SGD(fisher_param_groups(model, "none")))  # nothing to destroy
+
+
+def test_lbfgs_is_refused_with_the_way_out(model):
+    with pytest.raises(UsageError, match=r"parameter groups.*SGD, Adam"):
+        fisher_optimizer(torch.optim.LBFGS, fisher_param_groups(model))
+    fisher_optimizer(torch.optim.LBFGS, fisher_param_groups(model, "none"))
+
+
+def test_rates_changed_from_outside_are_refused(model):
+    optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
+    require_factors(optimizer, "nobody")
+    optimizer.param_groups[1]["lr"] = 0.1
+    with pytest.raises(UsageError, match=r"^a callback set learning rates"):
+        require_factors(optimizer, "a callback")

@@ -1,0 +1,207 @@
+"""The LightningModules: metrics, checkpoints, subclassing and sizes."""
+
+import functools
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_danns import DANNMLP, MLP, DANNLinear, ImageClassifier, MNISTDataModule, UsageError
+from lightning_danns.testing import assert_dale
+
+SGD = functools.partial(torch.optim.SGD, lr=0.05)
+
+
+@pytest.fixture
+def data(data_dir):
+    return MNISTDataModule(str(data_dir), val_size=50)
+
+
+def fit_and_save(model, data, make_trainer, tmp_path, **kwargs):
+    trainer = make_trainer(**kwargs)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    return trainer, tmp_path / "model.ckpt"
+
+
+def test_layers_have_the_stated_sizes():
+    model = DANNMLP(hidden_sizes=[500, 300], ni=[50, 20])
+    layers = [m for m in model.network if isinstance(m, DANNLinear)]
+    assert [(m.d, m.ne, m.ni) for m in layers] == [(784, 500, 50), (500, 300, 20), (300, 10, 1)]
+    assert [m.inputs for m in layers] == ["pixels", "rectified", "rectified"]
+    default = [m.ni for m in DANNMLP(hidden_sizes=[500, 8]).network if isinstance(m, DANNLinear)]
+    assert default == [50, 1, 1]
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+def test_the_control_has_he_normal_weights_and_the_norm_asked_for(norm):
+    torch.manual_seed(0)
+    model = MLP(hidden_sizes=[400, 400], norm=norm)
+    linears = [m for m in model.network if isinstance(m, nn.Linear)]
+    for linear, k in zip(linears, (1, 2, 2), strict=True):
+        assert linear.weight.std().item() == pytest.approx((k / linear.in_features) ** 0.5, rel=0.05)
+        assert not linear.bias.any()
+    kinds = {"none": (), "layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
+    assert sum(isinstance(m, kinds[norm]) for m in model.network) == (0 if norm == "none" else 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ni": [5]}, r"ni=\[5\] has 1 entries for the 2 hidden layers"),
+        ({"ni": 0}, "ni=0"),
+        ({"ni": 99}, "ni=99"),
+        ({"hidden_sizes": [8, 0]}, r"hidden_sizes=\[8, 0\]"),
+    ],
+)
+def test_wrong_sizes_are_refused_by_value(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        DANNMLP(**{"hidden_sizes": [8, 8], **arguments})
+    with pytest.raises(UsageError, match="norm='group'"):
+        MLP(norm="group")
+
+
+def test_logged_metrics_equal_those_of_a_loop(data, make_trainer):
+    torch.manual_seed(0)
+    model = DANNMLP(hidden_sizes=[12], optimizer=SGD)
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(model, datamodule=data)
+    (logged,) = trainer.validate(model, datamodule=data, verbose=False)
+    model.eval()
+    with torch.no_grad():
+        logits = model(data.val_set[:][0])
+    labels = data.val_set.labels
+    assert logged["val_accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    assert logged["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert set(trainer.logged_metrics) == {"val_accuracy", "val_loss"}
+
+
+def test_train_metrics_cover_each_epoch_alone(data, make_trainer):
+    seen = []
+
+    class Record(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append(float(pl_module.metrics["train_loss"].weight))
+
+    make_trainer(max_epochs=2, callbacks=[Record()]).fit(DANNMLP(hidden_sizes=[12], optimizer=SGD), datamodule=data)
+    assert seen == [150, 150]
+
+
+def test_training_learns_and_obeys_dale(data, make_trainer):
+    torch.manual_seed(0)
+    model = DANNMLP(hidden_sizes=[50], optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    trainer = make_trainer(max_epochs=10)
+    trainer.fit(model, datamodule=data)
+    assert trainer.logged_metrics["val_accuracy"] > 0.9  # chance is 0.1
+    assert_dale(model)
+
+
+def test_predict_gives_probabilities_in_the_order_of_the_data(data, make_trainer):
+    model = DANNMLP(hidden_sizes=[12])
+    probabilities = torch.cat(make_trainer().predict(model, datamodule=data))
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(60))
+    torch.testing.assert_close(probabilities[7:8], model(data.test_set[7:8][0]).softmax(-1).detach())
+
+
+def test_checkpoints_reload_from_the_path_alone(data, make_trainer, tmp_path):
+    model = DANNMLP(hidden_sizes=[12, 9], ni=[3, 2], divisive=False, correction="none", optimizer=SGD)
+    _, path = fit_and_save(model, data, make_trainer, tmp_path)
+    again = DANNMLP.load_from_checkpoint(path)
+    x = torch.rand(4, 1, 28, 28)
+    assert torch.equal(again(x), model(x))
+    assert again.hparams == model.hparams
+    assert again.correction == "none"
+    hyper_parameters = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert not any(callable(value) for value in hyper_parameters.values())
+
+
+class Narrow(DANNMLP):
+    """A researcher's subclass: its own arguments, an eager second save_hyperparameters, another network."""
+
+    def __init__(self, width: int = 5, scheduler=None, **kwargs):
+        super().__init__(hidden_sizes=[width], **kwargs)
+        self.save_hyperparameters()
+        self.network = nn.Sequential(nn.Flatten(), DANNLinear(784, width, 1), nn.ReLU(), nn.Linear(width, 10))
+
+
+def test_a_subclass_inherits_everything(data, make_trainer, tmp_path):
+    model = Narrow(width=7, optimizer=SGD, scheduler=functools.partial(int))
+    trainer, path = fit_and_save(model, data, make_trainer, tmp_path)
+    again = Narrow.load_from_checkpoint(path)
+    assert again.hparams.width == 7
+    assert "hidden_sizes" not in again.hparams  # the subclass passes it by itself
+    assert torch.equal(again.network[1].Wix, model.network[1].Wix)
+    names = [group["name"] for group in trainer.optimizers[0].param_groups]
+    assert names == ["base", "network.1.Wix", "network.1.Wei", "network.1.alpha"]
+    assert_dale(model)
+
+
+def test_resuming_continues_exactly(data, make_trainer, tmp_path):
+    def fresh():
+        pl.seed_everything(0, verbose=False)
+        return DANNMLP(hidden_sizes=[12], optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9))
+
+    straight = fresh()
+    make_trainer(max_epochs=1).fit(straight, datamodule=data)
+    half, path = straight, tmp_path / "half.ckpt"
+    trainer = make_trainer(max_epochs=1)
+    half = fresh()
+    trainer.fit(half, datamodule=data)
+    trainer.save_checkpoint(path)
+    assert torch.equal(half.network[1].Wex, straight.network[1].Wex)
+    results = []
+    for _ in range(2):
+        resumed = fresh()
+        torch.manual_seed(5)
+        make_trainer(max_epochs=3).fit(resumed, datamodule=data, ckpt_path=path)
+        results.append(resumed.network[1].Wex)
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], straight.network[1].Wex)
+
+
+def test_a_checkpoint_of_another_network_is_refused(data, make_trainer, tmp_path):
+    _, path = fit_and_save(DANNMLP(hidden_sizes=[12], ni=3, optimizer=SGD), data, make_trainer, tmp_path)
+    message = r"network\.1\.Wex is \(20, 784\) here and \(12, 784\) there.*hidden_sizes=\[12\]"
+    with pytest.raises(UsageError, match=message):
+        make_trainer().fit(DANNMLP(hidden_sizes=[20], ni=3), datamodule=data, ckpt_path=path)
+    with pytest.raises(UsageError, match="another network than this Narrow"):
+        make_trainer().fit(Narrow(), datamodule=data, ckpt_path=path)
+
+
+def test_schedulers_step_once_an_epoch_and_scale_every_group(data, make_trainer):
+    model = DANNMLP(
+        hidden_sizes=[12], optimizer=SGD, lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1)
+    )
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(model, datamodule=data)
+    for group in trainer.optimizers[0].param_groups:
+        assert group["lr"] == pytest.approx(0.05 * 0.1**2 * group["lr_scale"])
+
+
+def test_reduce_on_plateau_follows_the_validation_loss(data, make_trainer):
+    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, eps=0)
+    model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
+    make_trainer(max_epochs=2).fit(model, datamodule=data)
+
+
+def test_a_scheduler_with_absolute_rates_is_refused_at_the_start(data, make_trainer):
+    one_cycle = functools.partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=99)
+    with pytest.raises(UsageError, match="OneCycleLR"):
+        make_trainer().fit(DANNMLP(hidden_sizes=[12], lr_scheduler=one_cycle), datamodule=data)
+    make_trainer().fit(MLP(hidden_sizes=[12], lr_scheduler=one_cycle), datamodule=data)
+
+
+def test_images_of_another_size_are_refused(make_trainer):
+    with pytest.raises(UsageError, match=r"\(2, 1024\).*784 features"):
+        DANNMLP()(torch.rand(2, 1, 32, 32))
+
+
+def test_the_base_class_needs_only_a_network():
+    class Tiny(ImageClassifier):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.network = nn.Sequential(nn.Flatten(), nn.Linear(784, self.num_classes))
+
+    assert Tiny(num_classes=3)(torch.rand(2, 1, 28, 28)).shape == (2, 3)
