@@ -23,6 +23,15 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from lightning_danns import data, modules
 from lightning_danns.errors import UsageError
 
+# Two, because Lightning's save_last only copies what the best checkpoint saves. Both save after the epoch's metrics, so
+# that a resumed run starts with the next epoch.
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "best_checkpoint": {
+        "filename": "best", "monitor": "val_accuracy", "mode": "max", "save_on_train_epoch_end": True
+    },
+    "last_checkpoint": {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False},
+}  # fmt: skip
+
 
 def _from_data(attribute: str) -> Any:
     """A function that reads ``attribute`` off the instantiated data module."""
@@ -55,13 +64,13 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        known = {*pl.Trainer.__init__.__code__.co_varnames}
+        known = {*inspect.signature(pl.Trainer).parameters}
         for room in (modules, data):
             for name, value in vars(room).items():
                 if inspect.isclass(value) and issubclass(value, pl.LightningModule | pl.LightningDataModule):
                     known |= {name, *inspect.signature(value).parameters}
         print(f"error: {message}", file=sys.stderr)
-        for unknown in re.findall(r"(?:ption '|path string: |--|Key ')([\w.]+)", message):
+        for unknown in re.findall(r"(?:ption '|path string: |: --|Key ')([\w.]+)", message):
             name = unknown.rsplit(".", 1)[-1]
             nearest = difflib.get_close_matches(name, known - {name}, n=1)
             if nearest and name not in known:
@@ -84,15 +93,9 @@ class CLI(LightningCLI):
             default=None,
             help="folder of this run (default: runs/MODEL/DATE_TIME)",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {
-                "checkpoint.filename": "best",
-                "checkpoint.monitor": "val_accuracy",
-                "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
-            }
-        )
+        for name, defaults in CHECKPOINTS.items():
+            parser.add_lightning_class_args(ModelCheckpoint, name)
+            parser.set_defaults({f"{name}.{option}": value for option, value in defaults.items()})
         for target, attribute in (("input_shape", "image_shape"), ("num_classes", "num_classes")):
             parser.link_arguments(
                 "data", f"model.init_args.{target}", compute_fn=_from_data(attribute), apply_on="instantiate"
@@ -136,20 +139,20 @@ class CLI(LightningCLI):
             folder = str(self.folder)
             loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")]
             kwargs["logger"] = loggers if self.subcommand == "fit" else loggers[:1]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # an unknown accelerator or strategy
+            raise UsageError(str(error)) from error
 
     def after_fit(self) -> None:
-        checkpoints = self.trainer.checkpoint_callback
-        paths = {}
-        if isinstance(checkpoints, ModelCheckpoint):
-            paths = {"best": checkpoints.best_model_path, "last": checkpoints.last_model_path}
-        self._print_summary({name: path for name, path in paths.items() if os.path.exists(path)})
+        paths = [callback.best_model_path for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        self._print_summary([os.path.relpath(path) for path in paths if os.path.exists(path)])
 
     def after_validate(self) -> None:
-        self._print_summary({})
+        self._print_summary([])
 
     def after_test(self) -> None:
-        self._print_summary({})
+        self._print_summary([])
 
     def after_predict(self) -> None:
         """Write the probabilities of every class for every image, in the order of the data set."""
@@ -163,15 +166,16 @@ class CLI(LightningCLI):
         print(f"\npredictions of {len(probabilities)} images: {path}")
 
     @rank_zero_only
-    def _print_summary(self, checkpoints: dict[str, str]) -> None:
+    def _print_summary(self, checkpoints: list[str]) -> None:
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         print("\n" + "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items())))
         print(f"run folder: {self.folder}")
-        for name, path in checkpoints.items():
-            print(f"{name} weights: {os.path.relpath(path)}")
+        for path in checkpoints:
+            print(f"{Path(path).stem} weights: {path}")
         if checkpoints:
-            config, path = self.folder / "config.yaml", os.path.relpath(next(iter(checkpoints.values())))
-            print(f"test them:  python {sys.argv[0]} test --config {config} --ckpt_path {path}")
+            print(
+                f"test them:  python {sys.argv[0]} test --config {self.folder / 'config.yaml'} --ckpt_path {checkpoints[0]}"
+            )
 
 
 def refuse_used_folder(folder: Path) -> None:

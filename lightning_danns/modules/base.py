@@ -116,8 +116,7 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the Fisher-corrected parameter groups, and its scheduler if one is given."""
-        groups = fisher_param_groups(self, self.correction)
-        optimizer = fisher_optimizer(self.optimizer_factory, groups)
+        optimizer = self._optimizer()
         if self.lr_scheduler_factory is None:
             return optimizer
         rehearse_scheduler(self.lr_scheduler_factory, optimizer)
@@ -126,6 +125,9 @@ class ImageClassifier(pl.LightningModule):
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", "val_loss")
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return fisher_optimizer(self.optimizer_factory, fisher_param_groups(self, self.correction))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # catches whatever sets learning rates from outside: StochasticWeightAveraging, the Tuner, own callbacks
@@ -180,8 +182,29 @@ class ImageClassifier(pl.LightningModule):
                 del hparams[name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another network before torch does, and say what differs."""
+        """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""
         _refuse_other_network(self, checkpoint)
+        if self._trainer is not None and self.trainer.training:
+            for state in checkpoint.get("optimizer_states", [])[:1]:
+                _refuse_other_optimizer(self._optimizer().param_groups, state["param_groups"])
+
+
+def _refuse_other_optimizer(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    if not all("lr_scale" in group for group in theirs):
+        return  # a subclass with groups of its own
+    our_scales, their_scales = ({g["name"]: g["lr_scale"] for g in groups} for groups in (ours, theirs))
+    if our_scales != their_scales:
+        raise UsageError(
+            f"the checkpoint was trained with other learning-rate factors: {len(their_scales)} groups there, "
+            f"{len(our_scales)} here. Resume with the same correction, or start anew from its weights "
+            "(load_from_checkpoint)"
+        )
+    missing = set(ours[0]) - set(theirs[0])
+    if missing:
+        raise UsageError(
+            f"the checkpoint was trained with another optimizer, which has no {', '.join(sorted(missing))}. Resume "
+            "with the same optimizer, or start anew from its weights (load_from_checkpoint)"
+        )
 
 
 def _refuse_other_network(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:

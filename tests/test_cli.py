@@ -1,0 +1,179 @@
+"""The command line: one folder per run, commands that follow on each other, and clear refusals."""
+
+import csv
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import lightning_danns.cli as cli
+from lightning_danns import DANNMLP
+
+SMALL = ["--model", "DANNMLP", "--model.hidden_sizes=[12]", "--data", "MNISTDataModule", "--data.val_size=50"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def run(data_dir, monkeypatch, capsys):
+    """Runs the command line in this process, in a folder that holds a small data/mnist.npz."""
+    monkeypatch.chdir(data_dir)
+    os.makedirs("data")
+    shutil.copy("mnist.npz", "data")
+
+    def run(*args, status=0):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        capsys.readouterr()
+        if status == 0:
+            cli.main()
+        else:
+            with pytest.raises(SystemExit) as exit_info:
+                cli.main()
+            assert exit_info.value.code == status
+        out, err = capsys.readouterr()
+        return out + err
+
+    return run
+
+
+def fit(run, *args, run_dir="run", **kwargs):
+    return run("fit", *SMALL, *QUIET, "--trainer.max_epochs=2", f"--run_dir={run_dir}", *args, **kwargs)
+
+
+def metrics(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_is_one_folder_that_can_be_tested_predicted_and_reloaded(run, data_dir):
+    output = fit(run)
+    folder = data_dir / "run"
+    assert {path.name for path in folder.iterdir()} >= {"config.yaml", "metrics.csv", "checkpoints"}
+    assert list(folder.glob("events.out.tfevents*"))
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    rows = metrics(folder / "metrics.csv")
+    assert {"train_loss", "train_accuracy", "val_loss", "val_accuracy"} <= set(rows[0])
+    assert {row["epoch"] for row in rows} == {"0", "1"}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["init_args"]["optimizer"]["class_path"] == "torch.optim.SGD"
+
+    # what the fit printed at its end is a command that works
+    assert "val_accuracy" in output
+    command = output.split("python train.py ")[1].split()
+    tested = run(*command, *QUIET)
+    assert "test_accuracy" in tested
+    (row,) = metrics(folder / "test" / "metrics.csv")
+    assert len(metrics(folder / "metrics.csv")) == len(rows)  # the fit's log is untouched
+
+    model = DANNMLP.load_from_checkpoint(folder / "checkpoints" / "best.ckpt").eval()
+    run("predict", *command[1:], *QUIET)
+    with np.load(data_dir / "data" / "mnist.npz") as file:
+        images, labels = torch.from_numpy(file["x_test"])[:, None] / 255, file["y_test"]
+    with np.load(folder / "predict" / "predictions.npz") as file:
+        np.testing.assert_allclose(file["probabilities"], model(images).softmax(-1).detach(), atol=1e-6)
+        assert (file["predicted"] == labels).mean() == pytest.approx(float(row["test_accuracy"]))
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_others(run, data_dir):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fit(run, f"--seed_everything={seed}", run_dir=name)
+    logs = [(data_dir / name / "metrics.csv").read_text() for name in "abc"]
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_a_fit_continues_in_its_folder_and_loses_nothing(run, data_dir):
+    fit(run)
+    refused = fit(run, status=2)
+    assert "holds the checkpoints of an earlier fit" in refused
+    assert "--ckpt_path last" in refused
+    fit(run, "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert {row["epoch"] for row in metrics(data_dir / "run" / "metrics-1.csv")} == {"0", "1"}
+    assert {row["epoch"] for row in metrics(data_dir / "run" / "metrics.csv")} == {"2"}
+
+
+def test_the_config_rules_over_the_checkpoint(run, data_dir):
+    fit(run)
+    resume = "--ckpt_path=run/checkpoints/last.ckpt"
+    output = fit(run, resume, "--model.correction=none", run_dir="other", status=2)
+    assert "trained with other learning-rate factors: 7 groups there, 1 here" in output
+    output = fit(run, resume, "--model.optimizer=Adam", run_dir="other", status=2)
+    assert "another optimizer, which has no amsgrad, betas" in output
+    output = fit(run, resume, "--model.hidden_sizes=[13]", run_dir="other", status=2)
+    assert "network.1.Wex is (13, 784) here and (12, 784) there" in output
+    assert "hidden_sizes=[12]" in output
+
+
+def test_sizes_come_from_the_data(run, tmp_path):
+    (tmp_path / "mydata.py").write_text(
+        "from lightning_danns import ImageDataModule\n"
+        "class Small(ImageDataModule):\n"
+        "    dataset, image_shape, num_classes = 'small', (1, 4, 4), 3\n"
+        "import pytorch_lightning as pl\n"
+        "class Shapeless(pl.LightningDataModule):\n"
+        "    pass\n"
+    )
+    generator = np.random.default_rng(0)
+    arrays = {f"x_{part}": generator.integers(0, 256, (30, 4, 4), dtype=np.uint8) for part in ("train", "test")}
+    np.savez(tmp_path / "data" / "small.npz", y_train=np.arange(30) % 3, y_test=np.arange(30) % 3, **arrays)
+    sys.path.insert(0, str(tmp_path))
+    try:
+        args = [*SMALL[:3], *QUIET, "--trainer.max_epochs=1", "--run_dir=run"]
+        run("fit", *args, "--data=mydata.Small", "--data.val_size=9")
+        output = run("fit", *args, "--data=mydata.Shapeless", "--run_dir=other", status=2)
+        assert "Shapeless has no attribute 'image_shape'" in output
+    finally:
+        sys.path.remove(str(tmp_path))
+    model = DANNMLP.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert (model.network[1].d, model.network[-1].ne) == (16, 3)
+
+
+WRONG = {
+    "misspelt model argument": (["--model.hidden_size=[9]"], "did you mean 'hidden_sizes' instead of 'hidden_size'"),
+    "misspelt trainer option": (["--trainer.max_epoch=3"], "did you mean 'max_epochs' instead of 'max_epoch'"),
+    "misspelt class": (["--model=DANMLP"], "did you mean 'DANNMLP' instead of 'DANMLP'"),
+    "misspelt data class": (["--data=MNISTDatamodule"], "did you mean 'MNISTDataModule'"),
+    "wrong type": (["--data.val_size=many"], "val_size"),
+    "optimizer option": (["--optimizer=Adam"], "--model.optimizer"),
+    "scheduler option": (["--lr_scheduler=StepLR"], "--model.lr_scheduler"),
+    "too many interneurons": (["--model.ni=13"], "ni=13"),
+    "no interneuron": (["--model.ni=0"], "ni=0"),
+    "unknown correction": (["--model.correction=fischer"], "fischer"),
+    "validation larger than data": (["--data.val_size=200"], "val_size=200 leaves nothing"),
+    "missing config": (["--config=nosuch.yaml"], "nosuch.yaml"),
+    "missing checkpoint": (["--ckpt_path=nosuch.ckpt"], "checkpoint nosuch.ckpt does not exist"),
+    "damaged checkpoint": (["--ckpt_path=data/mnist.npz"], "cannot be read"),
+    "missing data": (["--data.data_dir=data/mnist.npz/x"], "mnist.npz"),
+    "unknown accelerator": (["--trainer.accelerator=quantum"], "quantum"),
+    "absent gpu": (["--trainer.accelerator=cuda"], "CUDA"),
+    "absolute scheduler": (
+        ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1", "--model.lr_scheduler.total_steps=9"],
+        "OneCycleLR set learning rates that destroy",
+    ),
+    "optimizer without groups": (["--model.optimizer=LBFGS"], "does not take the parameter groups"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_command_line_gets_one_clear_error(run, name, data_dir):
+    if name == "absent gpu" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    args, message = WRONG[name]
+    output = fit(run, *args, status=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert not (data_dir / "run" / "checkpoints").exists()
+
+
+def test_a_typo_in_a_config_file_names_the_key(run, data_dir):
+    (data_dir / "typo.yaml").write_text("model:\n  class_path: DANNMLP\n  init_args: {hiden_sizes: [9]}\n")
+    output = run("fit", "--config=typo.yaml", "--data=MNISTDataModule", status=2)
+    assert "did you mean 'hidden_sizes' instead of 'hiden_sizes'" in output
+
+
+def test_debug_runs_leave_no_checkpoint_behind(run, data_dir):
+    output = fit(run, "--trainer.fast_dev_run=true")
+    assert not list(data_dir.glob("run/**/*.ckpt"))
+    assert "weights" not in output
