@@ -146,7 +146,7 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         paths = [callback.best_model_path for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
-        self._print_summary([os.path.relpath(path) for path in paths if os.path.exists(path)])
+        self._print_summary([_short(path) for path in paths if os.path.exists(path)])
 
     def after_validate(self) -> None:
         self._print_summary([])
@@ -176,6 +176,11 @@ class CLI(LightningCLI):
             print(
                 f"test them:  python {sys.argv[0]} test --config {self.folder / 'config.yaml'} --ckpt_path {checkpoints[0]}"
             )
+
+
+def _short(path: str) -> str:
+    """The path from the working directory, if that is shorter."""
+    return min(os.path.relpath(path), path, key=len)
 
 
 def refuse_used_folder(folder: Path) -> None:

@@ -18,9 +18,9 @@ def reference():
 
 def images_and_labels(n, shape=(28, 28), seed=0):
     """``n`` uint8 images, each the pattern of its label in noise, so that there is something to learn."""
-    patterns = np.random.default_rng(1234).integers(0, 128, (10, *shape))
+    patterns = 200 * (np.random.default_rng(1234).random((10, *shape)) < 0.15)
     labels = np.arange(n) % 10
-    noise = np.random.default_rng(seed).integers(0, 128, (n, *shape))
+    noise = np.random.default_rng(seed).integers(0, 30, (n, *shape))
     return (patterns[labels] + noise).astype(np.uint8), labels.astype(np.uint8)
 
 

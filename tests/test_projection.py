@@ -148,7 +148,7 @@ def test_it_serves_any_lightning_module(batches, make_trainer):
             return nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
 
         def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=100.0)
+            return torch.optim.SGD(self.parameters(), lr=1.0)
 
     model = Plain()
     make_trainer(callbacks=[DaleProjection()]).fit(model, batches)
