@@ -173,9 +173,8 @@ class CLI(LightningCLI):
         for path in checkpoints:
             print(f"{Path(path).stem} weights: {path}")
         if checkpoints:
-            print(
-                f"test them:  python {sys.argv[0]} test --config {self.folder / 'config.yaml'} --ckpt_path {checkpoints[0]}"
-            )
+            config = self.folder / "config.yaml"
+            print(f"test them:  python {sys.argv[0]} test --config {config} --ckpt_path {checkpoints[0]}")
 
 
 def _short(path: str) -> str:
