@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from lightning_danns.data import MNIST5kDataModule as MNIST5kDataModule
     from lightning_danns.data import MNISTDataModule as MNISTDataModule
     from lightning_danns.errors import UsageError as UsageError
+    from lightning_danns.layers import ColumnEILinear as ColumnEILinear
     from lightning_danns.layers import DaleModule as DaleModule
+    from lightning_danns.layers import DANNConv2d as DANNConv2d
     from lightning_danns.layers import DANNLinear as DANNLinear
     from lightning_danns.layers import project_ as project_
     from lightning_danns.modules import DANNMLP as DANNMLP
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "layers": ("DANNLinear", "DaleModule", "project_"),
+    "layers": ("ColumnEILinear", "DANNConv2d", "DANNLinear", "DaleModule", "project_"),
     "optim": ("fisher_param_groups",),
     "callbacks": ("DaleProjection",),
     "modules": ("DANNMLP", "ImageClassifier", "MLP"),

@@ -1,5 +1,6 @@
 """Layers in plain torch, usable in any training loop."""
 
+from lightning_danns.layers.column_ei import ColumnEILinear
 from lightning_danns.layers.dale import (
     DaleModule,
     dale_layers,
@@ -7,10 +8,14 @@ from lightning_danns.layers.dale import (
     refuse_negative_inputs,
     sign_violations,
 )
-from lightning_danns.layers.dann import DANNComponents, DANNLinear
+from lightning_danns.layers.dann import DANNComponents
+from lightning_danns.layers.dann_conv import DANNConv2d
+from lightning_danns.layers.dann_linear import DANNLinear
 
 __all__ = [
+    "ColumnEILinear",
     "DANNComponents",
+    "DANNConv2d",
     "DANNLinear",
     "DaleModule",
     "dale_layers",

@@ -1,0 +1,105 @@
+"""The dense layer of Dale's ANNs."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_danns.errors import UsageError
+from lightning_danns.initialization import Inputs
+from lightning_danns.layers.dann import DANN
+
+
+class DANNLinear(DANN):
+    r"""Dense layer of ``ne`` excitatory units under subtractive and divisive feedforward inhibition.
+
+    Cornford et al., ICLR 2021 (openreview.net/forum?id=eU776ZYxEpz):
+
+    .. math::
+        z = g \odot \frac{W_{ex} x - W_{ei} W_{ix} x}{W_{ei} (e^{\alpha} \odot W_{ix} x) + \epsilon} + b
+
+    with inputs :math:`x \ge 0`, excitatory weights :math:`W_{ex}`, the weights :math:`W_{ix}` of the ``ni``
+    interneurons, their weights :math:`W_{ei}` onto the excitatory units, log gains :math:`\alpha` of division, gains
+    :math:`g`, biases :math:`b` and :math:`\epsilon = 10^{-8}`. With ``divisive=False``:
+    :math:`z = (W_{ex} - W_{ei} W_{ix}) x + b`.
+
+    Biology: as in cortex, only excitatory units project to the next layer; each layer has its own few interneurons,
+    which see the same input as its excitatory units and inhibit them.
+
+    ``Wex, Wix, Wei, g`` stay >= 0: `DaleProjection`, or `project_` in your own loop, clamps them after every optimizer
+    step. ``alpha`` and ``b`` are free. At the start, inhibition centres and standardises the excitatory drive
+    (`lightning_danns.initialization`).
+
+    Args:
+        in_features: number of inputs d.
+        ne: number of excitatory (output) units.
+        ni: number of interneurons, from 1 to ``ne``; about a tenth of ``ne``. An output layer has one.
+        divisive: whether inhibition also divides.
+        bias: whether to add ``b``.
+        inputs: ``"rectified"`` (the ReLU output of a layer below) or ``"pixels"`` (values in [0, 1]); sets the
+            scale of the first weights.
+        inhibition: ``"mean"`` starts Wei at 1/ni; ``"iid"`` draws Wix and Wei independently.
+        device, dtype: as in `torch.nn.Linear`.
+
+    Attributes:
+        Wex: (ne, d), starts exponential with mean s.
+        Wix: (ni, d), starts exponential with mean s; the mean row of Wex if ni = 1.
+        Wei: (ne, ni), starts at 1/ni.
+        alpha: (ni,), starts at log √((2π - 1)/d); None without division.
+        g: (ne,), starts at 1; None without division.
+        b: (ne,), starts at 0; None without bias.
+
+    Shape:
+        x (\*, d) with any leading dimensions -> z (\*, ne).
+
+    Raises:
+        UsageError: ni outside 1..ne, unknown ``inputs`` or ``inhibition``, or an input of another width.
+
+    Example:
+        >>> layer = DANNLinear(784, ne=500, ni=50, inputs="pixels")
+        >>> layer(torch.rand(32, 784)).shape
+        torch.Size([32, 500])
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1e6)
+        >>> layer(torch.rand(32, 784)).sum().backward()
+        >>> optimizer.step()
+        >>> from lightning_danns import project_
+        >>> project_(layer)
+        >>> all(bool((p >= 0).all()) for _, p in layer.nonnegative_parameters())
+        True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        ne: int,
+        ni: int,
+        *,
+        divisive: bool = True,
+        bias: bool = True,
+        inputs: Inputs = "rectified",
+        inhibition: Literal["mean", "iid"] = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features < 1:
+            raise UsageError(f"in_features={in_features}: a layer needs at least one input")
+        super().__init__((in_features,), ne, ni, divisive, bias, inputs, inhibition, device, dtype)
+
+    def _refuse_misfit(self, x: Tensor) -> None:
+        if x.shape[-1] != self.d:
+            raise UsageError(
+                f"input of shape {tuple(x.shape)}: this layer takes {self.d} features in the last dimension"
+            )
+
+    def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def _inhibit(self, z_i: Tensor) -> Tensor:
+        return F.linear(z_i, self.Wei)
+
+    def _per_unit(self, values: Tensor) -> Tensor:
+        return values
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.d}, ne={self.ne}, ni={self.ni}, {self._options()}"
