@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from lightning_danns.layers import DANNLinear as DANNLinear
     from lightning_danns.layers import project_ as project_
     from lightning_danns.modules import DANNMLP as DANNMLP
+    from lightning_danns.modules import DANNVGG as DANNVGG
     from lightning_danns.modules import MLP as MLP
+    from lightning_danns.modules import VGG as VGG
+    from lightning_danns.modules import ColumnEIMLP as ColumnEIMLP
+    from lightning_danns.modules import ConvNet as ConvNet
+    from lightning_danns.modules import DANNConvNet as DANNConvNet
     from lightning_danns.modules import ImageClassifier as ImageClassifier
     from lightning_danns.optim import fisher_param_groups as fisher_param_groups
 
@@ -25,7 +30,7 @@ _ROOMS = {
     "layers": ("ColumnEILinear", "DANNConv2d", "DANNLinear", "DaleModule", "project_"),
     "optim": ("fisher_param_groups",),
     "callbacks": ("DaleProjection",),
-    "modules": ("DANNMLP", "ImageClassifier", "MLP"),
+    "modules": ("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG", "ImageClassifier", "MLP", "VGG"),
     "data": ("ImageDataModule", "MNIST5kDataModule", "MNISTDataModule"),
     "errors": ("UsageError",),
 }

@@ -132,6 +132,11 @@ class ImageDataModule(pl.LightningDataModule):
         self.val_set = ImageDataset(images[val], labels[val])
         self.test_set = ImageDataset(images_labels["x_test"], images_labels["y_test"])
 
+    @property
+    def pixel_mean(self) -> float:
+        """Mean pixel in [0, 1] of the training images; after `setup`."""
+        return _loaded(self.train_set).images.float().mean().item() / 255
+
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, shuffle=True)
 
@@ -145,9 +150,8 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(self.test_set)
 
     def _loader(self, dataset: ImageDataset | None, shuffle: bool = False) -> DataLoader:
-        assert dataset is not None, "call prepare_data() and setup() first; the Trainer does"
         return DataLoader(
-            dataset,
+            _loaded(dataset),
             batch_size=self.batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
@@ -155,6 +159,12 @@ class ImageDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             collate_fn=_as_is,
         )
+
+
+def _loaded(dataset: ImageDataset | None) -> ImageDataset:
+    if dataset is None:
+        raise UsageError("the data are not loaded yet: call prepare_data() and setup() first, as the Trainer does")
+    return dataset
 
 
 class MNISTDataModule(ImageDataModule):

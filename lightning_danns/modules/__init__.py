@@ -1,6 +1,6 @@
 """LightningModules: the experiments of this package, and the base of yours."""
 
 from lightning_danns.modules.base import ImageClassifier
-from lightning_danns.modules.models import DANNMLP, MLP
+from lightning_danns.modules.models import DANNMLP, DANNVGG, MLP, VGG, ColumnEIMLP, ConvNet, DANNConvNet
 
-__all__ = ["DANNMLP", "MLP", "ImageClassifier"]
+__all__ = ["DANNMLP", "DANNVGG", "MLP", "VGG", "ColumnEIMLP", "ConvNet", "DANNConvNet", "ImageClassifier"]

@@ -1,10 +1,14 @@
 """The experiments: which network of which layers, as LightningModules with flat, serialisable arguments."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
+
+from lightning_danns.errors import UsageError
+from lightning_danns.layers import ColumnEILinear
 from lightning_danns.modules.base import ImageClassifier
-from lightning_danns.networks import DANNFamily, Norm, StandardFamily, mlp
+from lightning_danns.networks import ColumnEIFamily, DANNFamily, Norm, StandardFamily, cnn, mlp, vgg
 
 
 class DANNMLP(ImageClassifier):
@@ -48,3 +52,127 @@ class MLP(ImageClassifier):
     def __init__(self, hidden_sizes: Sequence[int] = (500, 500, 500), norm: Norm = "none", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, StandardFamily(norm))
+
+
+class ColumnEIMLP(ImageClassifier):
+    """Multilayer perceptron whose units excite or inhibit all their targets: Dale's principle without interneurons.
+
+    The bias of the first layer, whose inputs are all excitatory, starts centred on the mean pixel of the data.
+
+    Args:
+        hidden_sizes: units of each hidden layer, excitatory and inhibitory together (550 = 500 + 50).
+        ratio: excitatory units for each inhibitory one.
+        pixel_mean: mean pixel in [0, 1]; taken from the data module when the first fit starts if not given.
+        kwargs: see `ImageClassifier`.
+    """
+
+    centred: torch.Tensor
+
+    def __init__(
+        self,
+        hidden_sizes: Sequence[int] = (550, 550, 550),
+        ratio: int = 10,
+        pixel_mean: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, ColumnEIFamily(ratio))
+        # saved with the weights, so that a trained network is never centred again
+        self.register_buffer("centred", torch.tensor(False))
+        if pixel_mean is not None:
+            self._centre_(pixel_mean)
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit" or self.centred:
+            return
+        mean = getattr(getattr(self.trainer, "datamodule", None), "pixel_mean", None)
+        if mean is None:
+            raise UsageError(
+                "ColumnEIMLP needs the mean pixel of its data: give pixel_mean, or a data module that has it"
+            )
+        self._centre_(mean)
+
+    def _centre_(self, pixel_mean: float) -> None:
+        next(layer for layer in self.modules() if isinstance(layer, ColumnEILinear)).centre_(pixel_mean)
+        self.centred.fill_(True)
+
+
+class DANNConvNet(ImageClassifier):
+    """Small convolutional network of Dale's ANN layers, for images of 28 x 28 or 32 x 32 pixels and others.
+
+    Args:
+        channels: excitatory channels of each 3x3 convolution; each is followed by ReLU and 2x2 max-pooling.
+        hidden_sizes: excitatory units of each hidden dense layer.
+        conv_ni: interneurons of each convolution, one number or one each; a tenth of the channels if not given.
+        ni: the same for the hidden dense layers.
+        divisive: whether inhibition divides as well as subtracts.
+        kwargs: see `ImageClassifier`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64),
+        hidden_sizes: Sequence[int] = (256,),
+        conv_ni: int | list[int] | None = None,
+        ni: int | list[int] | None = None,
+        divisive: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        blocks = [[n] for n in channels]
+        self.network = cnn(
+            self.input_shape, blocks, hidden_sizes, self.num_classes, DANNFamily(divisive), conv_ni=conv_ni, ni=ni
+        )
+
+
+class ConvNet(ImageClassifier):
+    """The control of `DANNConvNet`: ordinary layers, He-normal weights, zero biases.
+
+    Args:
+        channels, hidden_sizes: see `DANNConvNet`.
+        norm: ``"none"`` or ``"batch"``.
+        kwargs: see `ImageClassifier`.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int] = (32, 64),
+        hidden_sizes: Sequence[int] = (256,),
+        norm: Literal["none", "batch"] = "none",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        blocks = [[n] for n in channels]
+        self.network = cnn(self.input_shape, blocks, hidden_sizes, self.num_classes, StandardFamily(norm))
+
+
+class DANNVGG(ImageClassifier):
+    """VGG of Dale's ANN layers; interneurons 10-20-40-80-80 in the blocks, 409, 409 and 1 in the dense layers.
+
+    Args:
+        depth: 16 or 19 layers.
+        dropout: probability of dropping a hidden dense unit.
+        divisive: whether inhibition divides as well as subtracts.
+        kwargs: see `ImageClassifier`.
+    """
+
+    def __init__(self, depth: int = 16, dropout: float = 0.5, divisive: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.network = vgg(depth, self.input_shape, self.num_classes, DANNFamily(divisive), dropout)
+
+
+class VGG(ImageClassifier):
+    """The control of `DANNVGG`: ordinary layers, He-normal weights, zero biases.
+
+    Args:
+        depth: 16 or 19 layers.
+        dropout: probability of dropping a hidden dense unit.
+        norm: ``"none"`` or ``"batch"`` (after every hidden layer).
+        kwargs: see `ImageClassifier`.
+    """
+
+    def __init__(
+        self, depth: int = 16, dropout: float = 0.5, norm: Literal["none", "batch"] = "none", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.network = vgg(depth, self.input_shape, self.num_classes, StandardFamily(norm), dropout)
