@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_danns.callbacks import CosineStepControl as CosineStepControl
     from lightning_danns.callbacks import DaleProjection as DaleProjection
+    from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
     from lightning_danns.data import ImageDataModule as ImageDataModule
     from lightning_danns.data import MNIST5kDataModule as MNIST5kDataModule
     from lightning_danns.data import MNISTDataModule as MNISTDataModule
@@ -22,14 +24,15 @@ if TYPE_CHECKING:
     from lightning_danns.modules import ConvNet as ConvNet
     from lightning_danns.modules import DANNConvNet as DANNConvNet
     from lightning_danns.modules import ImageClassifier as ImageClassifier
+    from lightning_danns.optim import DiagonalNGD as DiagonalNGD
     from lightning_danns.optim import fisher_param_groups as fisher_param_groups
 
 __version__ = "0.1.0"
 
 _ROOMS = {
     "layers": ("ColumnEILinear", "DANNConv2d", "DANNLinear", "DaleModule", "project_"),
-    "optim": ("fisher_param_groups",),
-    "callbacks": ("DaleProjection",),
+    "optim": ("DiagonalNGD", "fisher_param_groups"),
+    "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping"),
     "modules": ("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG", "ImageClassifier", "MLP", "VGG"),
     "data": ("ImageDataModule", "MNIST5kDataModule", "MNISTDataModule"),
     "errors": ("UsageError",),

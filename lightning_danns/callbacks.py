@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import project_, refuse_negative_inputs, sign_violations
+from lightning_danns.optim import clip_layers_, limit_clamping_
 
 
 class DaleProjection(pl.Callback):
@@ -68,3 +70,48 @@ class DaleProjection(pl.Callback):
                 f"the starting weights break Dale's principle: {listing}. Apply lightning_danns.project_(model), "
                 "or start from weights that were trained under it"
             )
+
+
+class _StepControl(pl.Callback):
+    """A rule on gradients just before the optimizer's step, once they are unscaled and accumulated."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.gradient_clip_val:
+            raise UsageError(
+                f"{type(self).__name__} and gradient_clip_val={trainer.gradient_clip_val} both change the gradients, "
+                "and the Trainer's clipping knows no learning-rate factors: use one of them"
+            )
+
+
+class LayerGradientClipping(_StepControl):
+    """Clips each layer's gradient, after its learning-rate factors, to a norm of ``max_norm`` (see `clip_layers_`).
+
+    The Trainer's ``gradient_clip_val`` clips the raw gradient of the whole model instead; use one of the two.
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        if not max_norm > 0:
+            raise UsageError(f"max_norm={max_norm}: it must be positive")
+        self.max_norm = max_norm
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        clip_layers_(pl_module, optimizer, self.max_norm)
+
+
+class CosineStepControl(_StepControl):
+    """Shortens each signed layer's step until clamping turns it by a cosine of at least 1 - ``epsilon``.
+
+    See `limit_clamping_`; for plain SGD.
+    """
+
+    def __init__(self, epsilon: float, halvings: int = 10) -> None:
+        if not 0 <= epsilon <= 1 or halvings < 0:
+            raise UsageError(f"epsilon={epsilon}, halvings={halvings}: epsilon from 0 to 1, halvings at least 0")
+        self.epsilon, self.halvings = epsilon, halvings
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        limit_clamping_(pl_module, optimizer, self.epsilon, self.halvings)

@@ -89,6 +89,9 @@ class ImageClassifier(pl.LightningModule):
         return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        for optimizer in self._trainer.optimizers if self._trainer else []:
+            if hasattr(optimizer, "update_fisher"):  # DiagonalNGD, and others that learn from per-sample gradients
+                optimizer.update_fisher(self.network, batch[0])
         return self.shared_step(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
