@@ -7,7 +7,11 @@ if TYPE_CHECKING:
     from lightning_danns.callbacks import CosineStepControl as CosineStepControl
     from lightning_danns.callbacks import DaleProjection as DaleProjection
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
+    from lightning_danns.convert import daleify as daleify
+    from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
+    from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_danns.data import ImageDataModule as ImageDataModule
+    from lightning_danns.data import KMNISTDataModule as KMNISTDataModule
     from lightning_danns.data import MNIST5kDataModule as MNIST5kDataModule
     from lightning_danns.data import MNISTDataModule as MNISTDataModule
     from lightning_danns.errors import UsageError as UsageError
@@ -34,7 +38,15 @@ _ROOMS = {
     "optim": ("DiagonalNGD", "fisher_param_groups"),
     "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping"),
     "modules": ("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG", "ImageClassifier", "MLP", "VGG"),
-    "data": ("ImageDataModule", "MNIST5kDataModule", "MNISTDataModule"),
+    "convert": ("daleify",),
+    "data": (
+        "CIFAR10DataModule",
+        "FashionMNISTDataModule",
+        "ImageDataModule",
+        "KMNISTDataModule",
+        "MNIST5kDataModule",
+        "MNISTDataModule",
+    ),
     "errors": ("UsageError",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

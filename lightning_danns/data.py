@@ -8,7 +8,7 @@ installed package; a file put there by hand serves a machine without internet.
 import os
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,10 +25,13 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 class ImageDataset(Dataset):
-    """Images (N, C, H, W) as uint8 and labels (N,); yields pixels in [0, 1] as float32."""
+    """Images (N, C, H, W) as uint8 and labels (N,); yields pixels in [0, 1] as float32.
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
+    ``augment`` maps a batch of uint8 images to one of the same shape, newly for every batch that is served.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, augment: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.images, self.labels, self.augment = images, labels, augment
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,7 +41,25 @@ class ImageDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A whole batch at once; the DataLoader prefers this to one call per sample."""
-        return self[torch.tensor(indices)]
+        index = torch.tensor(indices)
+        images = self.images[index]
+        if self.augment is not None:
+            images = self.augment(images)
+        return images.float().div_(255), self.labels[index]
+
+
+def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
+    """Move each image of a batch (N, C, H, W) by up to ``padding`` pixels, filling with 0, and mirror every second one.
+
+    The standard augmentation of CIFAR-10; shifts and mirrorings are drawn anew for each image.
+    """
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, n, 1))
+    rows, columns = top + torch.arange(height), left + torch.arange(width)  # (n, height), (n, width)
+    columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
+    picked = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return picked.permute(0, 3, 1, 2).contiguous()
 
 
 def _as_is(batch: Any) -> Any:
@@ -112,6 +133,10 @@ class ImageDataModule(pl.LightningDataModule):
         """Make the four arrays of the data file from a source that this machine can reach."""
         raise UsageError(f"{self.path} does not exist, and {type(self).__name__} cannot download it: put it there")
 
+    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+        """What changes the training images of each batch (`ImageDataset`); nothing unless overridden."""
+        return None
+
     def prepare_data(self) -> None:
         """Make the data file if it does not exist; Lightning calls this in one process only."""
         if not self.path.exists():
@@ -128,14 +153,14 @@ class ImageDataModule(pl.LightningDataModule):
             )
         train, val = stratified_split(labels, self.val_size, self.split_seed)
         images = images_labels["x_train"]
-        self.train_set = ImageDataset(images[train], labels[train])
+        self.train_set = ImageDataset(images[train], labels[train], self.augmentation())
         self.val_set = ImageDataset(images[val], labels[val])
         self.test_set = ImageDataset(images_labels["x_test"], images_labels["y_test"])
 
     @property
     def pixel_mean(self) -> float:
         """Mean pixel in [0, 1] of the training images; after `setup`."""
-        return _loaded(self.train_set).images.float().mean().item() / 255
+        return _loaded(self.train_set).images.mean(dtype=torch.float64).item() / 255
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, shuffle=True)
@@ -176,6 +201,59 @@ class MNISTDataModule(ImageDataModule):
 
     def fetch(self) -> Arrays:
         return torchvision_arrays("MNIST", self.path)
+
+
+class FashionMNISTDataModule(ImageDataModule):
+    """Fashion-MNIST: 60 000 training and 10 000 test images of clothes, 28 x 28 (Xiao et al. 2017)."""
+
+    dataset = "fashion_mnist"
+    image_shape = (1, 28, 28)
+    num_classes = 10
+
+    def fetch(self) -> Arrays:
+        return torchvision_arrays("FashionMNIST", self.path)
+
+
+class KMNISTDataModule(ImageDataModule):
+    """Kuzushiji-MNIST: 60 000 training and 10 000 test images of cursive kana, 28 x 28 (Clanuwat et al. 2018)."""
+
+    dataset = "kmnist"
+    image_shape = (1, 28, 28)
+    num_classes = 10
+
+    def fetch(self) -> Arrays:
+        return torchvision_arrays("KMNIST", self.path)
+
+
+class CIFAR10DataModule(ImageDataModule):
+    """CIFAR-10: 50 000 training and 10 000 test photographs, 32 x 32 in colour (Krizhevsky 2009).
+
+    Args:
+        data_dir, batch_size, val_size, split_seed, num_workers: see `ImageDataModule`.
+        augment: whether training images are shifted and mirrored at random (`crop_and_flip`).
+    """
+
+    dataset = "cifar10"
+    image_shape = (3, 32, 32)
+    num_classes = 10
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        batch_size: int = 32,
+        val_size: int = 5_000,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        augment: bool = False,
+    ) -> None:
+        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers)
+        self.augment = augment
+
+    def augmentation(self) -> Callable[[Tensor], Tensor] | None:
+        return crop_and_flip if self.augment else None
+
+    def fetch(self) -> Arrays:
+        return torchvision_arrays("CIFAR10", self.path)
 
 
 class MNIST5kDataModule(ImageDataModule):

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import lightning_danns.data as data
-from lightning_danns import ImageDataModule, MNIST5kDataModule, MNISTDataModule, UsageError
-from lightning_danns.data import ImageDataset, read_arrays, stratified_split
+from lightning_danns import (
+    CIFAR10DataModule,
+    FashionMNISTDataModule,
+    ImageDataModule,
+    KMNISTDataModule,
+    MNIST5kDataModule,
+    MNISTDataModule,
+    UsageError,
+)
+from lightning_danns.data import ImageDataset, crop_and_flip, read_arrays, stratified_split
 
 
 def loaded(data_dir, **kwargs):
@@ -210,3 +218,68 @@ def test_a_damaged_or_missing_file_is_refused_by_path(tmp_path):
 def test_wrong_arguments_are_refused_by_value(data_dir, arguments, message):
     with pytest.raises(UsageError, match=message):
         loaded(data_dir, **arguments)
+
+
+def test_crop_and_flip_equals_a_loop_over_images():
+    images = torch.randint(256, (40, 3, 8, 6), dtype=torch.uint8)
+    torch.manual_seed(3)
+    ours = crop_and_flip(images, padding=2)
+    torch.manual_seed(3)
+    top, left = torch.randint(5, (2, 40, 1)).tolist()
+    mirrored = (torch.rand(40, 1) < 0.5).flatten().tolist()
+    assert 5 < sum(mirrored) < 35
+    for k in range(40):
+        expected = torch.zeros(3, 8, 6, dtype=torch.uint8)
+        for row in range(8):
+            for column in range(6):
+                y, x = row + top[k][0] - 2, (5 - column if mirrored[k] else column) + left[k][0] - 2
+                if 0 <= y < 8 and 0 <= x < 6:
+                    expected[:, row, column] = images[k, :, y, x]
+        assert torch.equal(ours[k], expected)
+
+
+def test_cifar_is_augmented_only_on_request_and_only_for_training(tmp_path):
+    write_data(tmp_path, "cifar10", shape=(32, 32, 3))
+
+    def batches(**kwargs):
+        module = CIFAR10DataModule(str(tmp_path), val_size=50, batch_size=150, **kwargs)
+        module.setup()
+        torch.manual_seed(0)
+        return next(iter(module.train_dataloader()))[0], next(iter(module.val_dataloader()))[0]
+
+    (plain, val), (augmented, val_too) = batches(), batches(augment=True)
+    assert not torch.equal(plain, augmented)
+    assert 0 <= augmented.min() <= augmented.max() <= 1
+    assert torch.equal(val, val_too)
+
+
+@pytest.mark.parametrize(
+    ("module_class", "name", "source"),
+    [
+        (FashionMNISTDataModule, "fashion_mnist", "FashionMNIST"),
+        (KMNISTDataModule, "kmnist", "KMNIST"),
+        (CIFAR10DataModule, "cifar10", "CIFAR10"),
+    ],
+)
+def test_each_data_set_comes_from_its_own_source(tmp_path, monkeypatch, module_class, name, source):
+    class Fake:
+        def __init__(self, root, train, download):
+            shape = (32, 32, 3) if source == "CIFAR10" else (28, 28)
+            images, labels = images_and_labels(30 if train else 20, shape)
+            self.data = images if source == "CIFAR10" else torch.from_numpy(images)
+            self.targets = labels.tolist() if source == "CIFAR10" else torch.from_numpy(labels)
+
+    monkeypatch.setattr(f"torchvision.datasets.{source}", Fake)
+    module = module_class(str(tmp_path), val_size=10)
+    module.prepare_data()
+    module.setup()
+    assert (tmp_path / f"{name}.npz").exists()
+    assert module.train_set.images.shape == (20, *module.image_shape)
+
+
+def test_mean_pixel_is_that_of_the_training_images(data_dir):
+    module = MNISTDataModule(str(data_dir), val_size=50)
+    with pytest.raises(UsageError, match="not loaded"):
+        _ = module.pixel_mean
+    module.setup()
+    assert module.pixel_mean == pytest.approx(module.train_set[:][0].double().mean().item(), rel=1e-5)

@@ -1,0 +1,72 @@
+"""Every config in the repository runs through the real command line, on small files."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_data
+
+import lightning_danns.cli as cli
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ARMS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "trainer")
+OVERLAYS = sorted((CONFIGS / "trainer").glob("*.yaml"))
+EIGHT = {"mlp", "layernorm", "batchnorm", "dann_mlp", "dann_uncorrected", "dann_subtractive", "column_ei", "dann_ngd"}
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("mnist", "fashion_mnist", "kmnist"):
+        write_data(folder, name)
+    write_data(folder, "cifar10", shape=(32, 32, 3))
+    return folder
+
+
+def name_of(path):
+    return str(path.relative_to(CONFIGS))
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+    return cli.main()
+
+
+@pytest.mark.parametrize("path", ARMS, ids=name_of)
+def test_a_config_runs(path, small_files, tmp_path, monkeypatch):
+    options = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    data = [f"--data.data_dir={small_files}", "--data.val_size=20", "--data.batch_size=4"]
+    finished = run(monkeypatch, "fit", f"--config={path}", *options, *data, f"--run_dir={tmp_path / 'run'}")
+    assert finished.trainer.global_step == 1
+    assert finished.trainer.callback_metrics["train_loss"].isfinite()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
+def test_an_overlay_changes_the_trainer_and_nothing_else(overlay, monkeypatch, capsys):
+    def settings(*configs):
+        args = [argument for path in configs for argument in ("--config", path)]
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "fit", *args, "--print_config")
+        return yaml.safe_load(capsys.readouterr().out)
+
+    base = CONFIGS / "mnist" / "dann_mlp.yaml"
+    plain, laid_over = settings(base), settings(base, overlay)
+    wanted = yaml.safe_load(overlay.read_text())["trainer"]
+    assert {key: laid_over["trainer"][key] for key in wanted} == wanted
+    assert {**laid_over, "trainer": None} == {**plain, "trainer": None}
+
+
+@pytest.mark.parametrize("path", [*ARMS, *OVERLAYS, CONFIGS / "quickstart.yaml"], ids=name_of)
+def test_a_config_opens_with_what_how_and_expectation(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert lines[1].startswith("#   python train.py fit --config configs/")
+    assert name_of(path) in lines[1]
+    if path in ARMS:
+        assert lines[2].startswith("# Expect: ")
+
+
+def test_every_data_set_of_digits_has_every_arm():
+    for folder in ("mnist", "fashion_mnist", "kmnist"):
+        assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == EIGHT

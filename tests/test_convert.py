@@ -1,0 +1,119 @@
+"""DANN layers in architectures from elsewhere: what is replaced, what is kept and why."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_danns import DANNConv2d, DANNLinear, UsageError, daleify, fisher_param_groups, project_
+from lightning_danns.layers import refuse_negative_inputs
+from lightning_danns.testing import assert_dale
+
+
+def test_a_resnet_becomes_a_dann_and_learns():
+    import torchvision
+
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18(weights=None, num_classes=10)
+    images, labels = torch.rand(8, 3, 64, 64), torch.arange(8)
+    made = daleify(resnet, images, ni={"fc": 1})
+    before = [name for name, m in resnet.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert made.converted == before
+    assert len(before) == 21
+    assert made.kept == {}
+    for name in before:
+        old, new = resnet.get_submodule(name), made.model.get_submodule(name)
+        assert isinstance(old, nn.Conv2d | nn.Linear)  # the given model is unchanged
+        assert isinstance(new, DANNConv2d if isinstance(old, nn.Conv2d) else DANNLinear)
+        assert new.Wex.shape == old.weight.shape
+        assert (new.b is None) == (old.bias is None)
+    assert (made.model.conv1.ni, made.model.fc.ni) == (6, 1)
+    assert made.model.training
+
+    refuse_negative_inputs(made.model)
+    optimizer = torch.optim.SGD(fisher_param_groups(made.model, lr=0.05))
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        logits = made.model(images)
+        assert torch.isfinite(logits).all()
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        project_(made.model)
+        assert_dale(made.model)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+class Odd(nn.Module):
+    """One layer for every reason to keep it, and one that is converted."""
+
+    def __init__(self):
+        super().__init__()
+        self.good = nn.Conv2d(4, 8, 3, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 1, groups=8)
+        self.reflecting = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.after_tanh = nn.Conv2d(8, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.tied, self.twin = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.twin.weight = self.tied.weight
+        self.single = nn.Linear(8, 1)
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.good(x).relu()
+        x = self.depthwise(x).relu()
+        x = self.after_tanh(torch.tanh(self.reflecting(x))).relu().mean((2, 3))
+        x = self.attention(x, x, x)[0].relu()
+        return self.single(self.twin(self.tied(x).relu()).relu())
+
+
+def test_every_kept_layer_has_its_reason():
+    torch.manual_seed(0)
+    made = daleify(Odd(), torch.rand(5, 4, 9, 9))
+    assert made.converted == ["good"]
+    reasons = {
+        "depthwise": "one unit per group",
+        "reflecting": "padding_mode='reflect'",
+        "after_tanh": "can be negative (-",
+        "attention.out_proj": "NonDynamicallyQuantizableLinear",
+        "tied": "shared",
+        "twin": "shared",
+        "single": "one unit",
+        "unused": "does not pass through",
+    }
+    assert set(made.kept) == set(reasons)
+    for name, reason in reasons.items():
+        assert reason in made.kept[name], name
+    assert (made.model.good.groups, made.model.good.ni) == (2, 2)
+    made.model(torch.rand(5, 4, 9, 9)).sum().backward()
+
+
+def test_geometry_and_options_are_carried_over():
+    conv = nn.Conv2d(3, 20, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=False).double()
+    x = torch.rand(2, 3, 12, 13, dtype=torch.float64)
+    made = daleify(nn.Sequential(conv), x, fraction=0.25, divisive=False)
+    layer = made.model[0]
+    assert layer(x).shape == conv(x).shape
+    assert (layer.ni, layer.divisive, layer.b, layer.Wex.dtype) == (5, False, None, torch.float64)
+    dense = daleify(nn.Sequential(nn.Linear(9, 20)), torch.rand(3, 9), pixels=["0"]).model[0]
+    assert (dense.inputs, dense.ni) == ("pixels", 2)
+    assert isinstance(daleify(nn.Linear(9, 20), torch.rand(3, 9)).model, DANNLinear)
+
+
+def test_the_example_pass_leaves_no_trace():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    made = daleify(net, torch.rand(2, 3, 8, 8))
+    assert made.model[1].num_batches_tracked == 0
+    assert made.model.training
+    assert not any(module._forward_pre_hooks for module in made.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"fraction": 0}, "fraction=0"), ({"ni": {"1": 3}}, "'1' is no Linear.*0"), ({"ni": {"0": 99}}, "ni=99")],
+)
+def test_wrong_options_are_refused_by_value(options, message):
+    with pytest.raises(UsageError, match=message):
+        daleify(nn.Sequential(nn.Linear(9, 20), nn.ReLU()), torch.rand(3, 9), **options)
