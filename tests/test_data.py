@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-import lightning_danns.data as data
 from lightning_danns import (
     CIFAR10DataModule,
     FashionMNISTDataModule,
@@ -18,7 +17,8 @@ from lightning_danns import (
     MNISTDataModule,
     UsageError,
 )
-from lightning_danns.data import ImageDataset, crop_and_flip, read_arrays, stratified_split
+from lightning_danns.data.files import read_arrays, write_arrays
+from lightning_danns.data.modules import ImageDataset, crop_and_flip, stratified_split
 
 
 def loaded(data_dir, **kwargs):
@@ -156,7 +156,7 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "savez", interrupted)
     with pytest.raises(UsageError, match="No space left"):
-        data.write_arrays(tmp_path / "mnist.npz", {})
+        write_arrays(tmp_path / "mnist.npz", {})
     assert not list(tmp_path.iterdir())
 
 
