@@ -94,6 +94,11 @@ def test_a_fit_continues_in_its_folder_and_loses_nothing(run, data_dir):
     assert {row["epoch"] for row in metrics(data_dir / "run" / "metrics.csv")} == {"2"}
 
 
+def test_continuing_where_nothing_is_yet_starts_anew(run, data_dir):
+    fit(run, "--ckpt_path=last")  # what a job script asks for on its first start
+    assert {row["epoch"] for row in metrics(data_dir / "run" / "metrics.csv")} == {"0", "1"}
+
+
 def test_the_config_rules_over_the_checkpoint(run, data_dir):
     fit(run)
     resume = "--ckpt_path=run/checkpoints/last.ckpt"

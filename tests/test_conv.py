@@ -80,8 +80,9 @@ def test_groups_are_independent_layers_side_by_side():
         torch.testing.assert_close(Wix, Wex.mean(0))
 
 
-def test_memory_formats_and_single_images_give_the_same_values_and_gradients():
-    conv = perturbed(DANNConv2d(3, 8, 2, 3, padding=1, **float64))
+@pytest.mark.parametrize("divisive", [True, False])
+def test_memory_formats_and_single_images_give_the_same_values_and_gradients(divisive):
+    conv = perturbed(DANNConv2d(3, 8, 2, 3, padding=1, divisive=divisive, **float64))
     x = torch.rand(2, 3, 6, 6, **float64)
     last = x.to(memory_format=torch.channels_last)
     z, z_last = conv(x), conv(last)

@@ -10,6 +10,7 @@ Source: Cornford et al., *Learning to live with Dale's principle*, ICLR 2021.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -119,12 +120,16 @@ class DANN(DaleModule):
         self._refuse_misfit(x)
         z_e = self._drive(x, self.Wex)
         z_i = self._drive(x, self.Wix)
-        subtraction = self._inhibit(z_i)
-        z, gamma = z_e - subtraction, None
+        gamma = None
         if self.alpha is not None and self.g is not None:
             # exp keeps the divisive gain positive, so alpha is never projected
-            gamma = self._inhibit(self._per_unit(self.alpha.exp()) * z_i) + EPS
-            z = self._per_unit(self.g) * z / gamma
+            gain = self._per_unit(self.alpha.exp())
+            subtraction, division = self._inhibit(z_i, gain * z_i)
+            gamma = division + EPS
+            z = self._per_unit(self.g) * (z_e - subtraction) / gamma
+        else:
+            (subtraction,) = self._inhibit(z_i)
+            z = z_e - subtraction
         if self.b is not None:
             z = z + self._per_unit(self.b)
         return DANNComponents(z_e, z_i, subtraction, gamma, z)
@@ -135,7 +140,7 @@ class DANN(DaleModule):
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _inhibit(self, z_i: Tensor) -> Tensor:
+    def _inhibit(self, *z_i: Tensor) -> Iterable[Tensor]:
         raise NotImplementedError
 
     def _per_unit(self, values: Tensor) -> Tensor:

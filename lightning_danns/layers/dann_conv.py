@@ -1,5 +1,6 @@
 """The convolutional layer of Dale's ANNs."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -119,8 +120,8 @@ class DANNConv2d(DANN):
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def _inhibit(self, z_i: Tensor) -> Tensor:
-        return F.conv2d(z_i, self.Wei[:, :, None, None], groups=self.groups)
+    def _inhibit(self, *z_i: Tensor) -> Iterable[Tensor]:
+        return [F.conv2d(drive, self.Wei[:, :, None, None], groups=self.groups) for drive in z_i]
 
     def _per_unit(self, values: Tensor) -> Tensor:
         return values[:, None, None]
