@@ -1,0 +1,108 @@
+"""Data sets as files: ``data_dir/NAME.npz`` in Keras's layout.
+
+A file holds ``x_train, y_train, x_test, y_test``: uint8 images N x H x W or N x H x W x 3, and integer labels. It is made
+once, from torchvision's download or from an installed package; one put there by hand serves a machine without internet.
+Reading a file executes nothing.
+"""
+
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_danns.errors import UsageError
+
+Arrays = dict[str, np.ndarray]
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+def torchvision_arrays(name: str, path: Path) -> Arrays:
+    """Download the torchvision data set ``name`` and return its arrays.
+
+    Raises:
+        UsageError: the download failed; says what to put at ``path`` instead.
+    """
+    import torchvision.datasets  # here, because it is slow to import and needed once
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train, test = (
+                getattr(torchvision.datasets, name)(folder, train=is_train, download=True) for is_train in (True, False)
+            )
+            return {
+                "x_train": np.asarray(train.data),
+                "y_train": np.asarray(train.targets),
+                "x_test": np.asarray(test.data),
+                "y_test": np.asarray(test.targets),
+            }
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError
+        raise UsageError(
+            f"{name} could not be downloaded ({error}). On a machine without internet, put the file {path} there "
+            f"by hand: uint8 images and labels as {', '.join(KEYS)} (the layout of Keras's mnist.npz)"
+        ) from error
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write the data file; an interrupted write leaves no file behind."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(partial, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write the data file {path}: {error}. Choose another data_dir") from error
+
+
+def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Tensor]:
+    """Read and check a data file: images as uint8 (N, C, H, W), labels as int64 (N,).
+
+    Raises:
+        UsageError: missing, damaged, or not arrays of the right names, shapes, types and range; names the array.
+    """
+    if not path.exists():
+        raise UsageError(f"data file {path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [key for key in KEYS if key not in file]
+            if missing:
+                raise UsageError(f"data file {path} lacks {', '.join(missing)}; it has {', '.join(file)}")
+            arrays = {key: file[key] for key in KEYS}
+    except UsageError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"data file {path} is not a readable .npz file ({error}): it may be cut off. Delete it and try again"
+        ) from error
+    channels, height, width = image_shape
+    layout = (height, width) if channels == 1 else (height, width, channels)
+    for part in ("train", "test"):
+        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if images.dtype != np.uint8:
+            raise UsageError(f"x_{part} in {path} holds {images.dtype}: images must be uint8 with values from 0 to 255")
+        if images.shape[1:] != layout or len(images) == 0:
+            expected = "N x " + " x ".join(map(str, layout))
+            raise UsageError(f"x_{part} in {path} has shape {images.shape}, but must be {expected} with N > 0")
+        if labels.dtype.kind not in "iu":
+            raise UsageError(f"y_{part} in {path} holds {labels.dtype}: labels must be integers")
+        if labels.shape not in ((len(images),), (len(images), 1)):
+            raise UsageError(f"y_{part} in {path} has shape {labels.shape} for {len(images)} images: one label each")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise UsageError(
+                f"y_{part} in {path} has labels from {labels.min()} to {labels.max()}; they must lie from 0 to "
+                f"{num_classes - 1}"
+            )
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    for part in ("train", "test"):
+        images = tensors[f"x_{part}"]
+        images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2)
+        tensors[f"x_{part}"] = images.contiguous()
+        tensors[f"y_{part}"] = tensors[f"y_{part}"].long().flatten()
+    return tensors
