@@ -1,7 +1,7 @@
 """Dale's ANN layers in any architecture: replace the layers of a torch model whose inputs are non-negative."""
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inputs
 from lightning_danns.layers import DANNConv2d, DANNLinear
+from lightning_danns.nonnegativity import NonNegativity, address
+
+NO_COUNTERPART = (
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    nn.Bilinear,
+)
 
 
 class Daleified(NamedTuple):
@@ -19,7 +28,7 @@ class Daleified(NamedTuple):
     Attributes:
         model: the new model; the given one is unchanged.
         converted: names of the layers that are DANN layers now.
-        kept: names of the `nn.Linear` and `nn.Conv2d` layers that are not, with the reason.
+        kept: names of the layers with connections that are not, each with its reason.
     """
 
     model: nn.Module
@@ -29,7 +38,7 @@ class Daleified(NamedTuple):
 
 def daleify(
     model: nn.Module,
-    example: Tensor,
+    example: Tensor | tuple[Any, ...],
     *,
     fraction: float = 0.1,
     ni: Mapping[str, int] | None = None,
@@ -38,16 +47,20 @@ def daleify(
 ) -> Daleified:
     """Replace the `nn.Linear` and `nn.Conv2d` layers of ``model`` by newly initialised DANN layers where that is sound.
 
-    A DANN layer needs inputs >= 0. Whether a layer has them is observed: ``example`` passes through the model once, in
-    evaluation mode, and a layer is kept if any of its inputs is negative. A batch of real or random images shows this
-    reliably after the usual nonlinearities (ReLU and pooling never make a negative value, tanh and normalisation soon
-    do), but it is an observation and no proof: `DaleProjection` checks the first real inputs again.
+    A DANN layer needs inputs >= 0. ``example`` passes through the model once, in evaluation mode, and a layer is
+    replaced if the operations before it guarantee that (`NonNegativity`): pixels in [0, 1], ReLU and sigmoid, then
+    pooling, flattening, dropout, sums and products of such. It is kept if its inputs are negative, or happen to be
+    >= 0 but could be negative for other weights, as after SiLU. The guarantee holds for the path the example takes, and
+    for inputs that are >= 0 like the example; `DaleProjection` checks the first real inputs again.
+
+    A layer that appears under several names stays one layer. Weights are drawn anew: those of an ordinary layer have
+    both signs.
 
     All else stays: a batch normalisation after a converted convolution goes on normalising, and learns as before.
 
     Args:
         model: any torch model.
-        example: a batch of valid inputs, e.g. ``torch.rand(8, 3, 64, 64)``.
+        example: a batch of valid inputs, e.g. ``torch.rand(8, 3, 64, 64)``; a tuple for several arguments.
         fraction: interneurons of each layer over its units.
         ni: interneurons of single layers by name, instead; an output layer usually has one.
         pixels: names of dense layers that see pixels and not rectified activity (see `DANNLinear`).
@@ -68,16 +81,26 @@ def daleify(
         raise UsageError(f"fraction={fraction}: interneurons over units must be above 0 and at most 1")
     ni = dict(ni or {})
     model = copy.deepcopy(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    layers = {same[0]: module for module, same in names.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+    kept = {
+        same[0]: f"a {type(module).__name__} has no DANN counterpart"
+        for module, same in names.items()
+        if isinstance(module, NO_COUNTERPART) and not isinstance(module, nn.Conv2d)
+    }
     for name in [*ni, *pixels]:
         if name not in layers:
             raise UsageError(f"{name!r} is no Linear or Conv2d of the model; these are: {', '.join(layers)}")
-    lowest = _lowest_inputs(model, layers, example)
     owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
+    parents = {child: module for module in model.modules() for child in module.children()}
+    unfit = {name: _reason_of_kind(layer, owners, parents) for name, layer in layers.items()}
+    misused = _reasons_of_use(model, layers, example if isinstance(example, tuple) else (example,))
 
-    converted, kept = [], {}
+    converted = []
     for name, layer in layers.items():
-        reason = _reason_to_keep(layer, lowest.get(name), owners)
+        reason = unfit[name] or misused[name]
         if reason is not None:
             kept[name] = reason
             continue
@@ -92,43 +115,24 @@ def daleify(
         replacement.train(layer.training)
         if name == "":
             return Daleified(replacement, [name], {})
-        model.set_submodule(name, replacement)
+        for same in names[layer]:
+            model.set_submodule(same, replacement)
         converted.append(name)
     return Daleified(model, converted, kept)
 
 
-def _lowest_inputs(model: nn.Module, layers: Mapping[str, nn.Module], example: Tensor) -> dict[str, float]:
-    """The lowest input of each layer when ``example`` passes through; layers that are not called are absent."""
-    lowest: dict[str, float] = {}
-
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            lowest[name] = min(lowest.get(name, float("inf")), float(args[0].min()))
-
-        return hook
-
-    training = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            model.eval()(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, was_training in training.items():
-            module.training = was_training
-    return lowest
-
-
-def _reason_to_keep(layer: nn.Linear | nn.Conv2d, lowest: float | None, owners: Mapping[Any, int]) -> str | None:
+def _reason_of_kind(layer: nn.Linear | nn.Conv2d, owners: Mapping[Any, int], parents: Mapping[Any, Any]) -> str | None:
+    """Why a layer cannot be replaced, whatever its inputs; None if it can."""
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"it is a {type(layer).__name__}, whose owner may use its weights directly"
-    if lowest is None:
-        return "the example does not pass through it"
-    if lowest < 0:
-        return f"its inputs can be negative ({lowest:.4g} in the example)"
+    if isinstance(parents.get(layer), nn.TransformerEncoderLayer):
+        return "its owner, a TransformerEncoderLayer, reads its weights directly"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "it carries hooks (of spectral_norm, for example), which would be lost"
     if any(owners[p] > 1 for p in layer.parameters()):
         return "its weights are shared with another layer"
+    if not layer.weight.requires_grad:
+        return "it is frozen, and new weights could not learn"
     if isinstance(layer, nn.Conv2d):
         if layer.padding_mode != "zeros":
             return f"padding_mode={layer.padding_mode!r} is not supported"
@@ -137,6 +141,55 @@ def _reason_to_keep(layer: nn.Linear | nn.Conv2d, lowest: float | None, owners: 
     elif layer.out_features < 2:
         return "it has one unit, which its own inhibition would cancel"
     return None
+
+
+def _reasons_of_use(
+    model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], example: tuple[Any, ...]
+) -> dict[str, str | None]:
+    """Why each layer cannot be replaced, judging by its part when ``example`` passes through; None if it can."""
+    known = NonNegativity(*(x for x in example if isinstance(x, Tensor)))
+    passes: dict[str, list[str | None]] = {name: [] for name in layers}
+    read_outside: set[int] = set()  # addresses of what is read while none of the layers is running
+
+    def before(name: str) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            origin, lowest = known.origin(x), float(x.min())
+            reason = None
+            if not lowest >= 0:
+                reason = f"its inputs can be negative ({lowest:.4g} in the example)"
+            elif origin is not None:
+                reason = f"its inputs come from {origin}, which does not guarantee that they are >= 0"
+            passes[name].append(reason)
+            read_outside.update(known.read)
+
+        return hook
+
+    def after(layer: nn.Module, args: Any, output: Any) -> None:
+        known.read.clear()
+
+    training = {module: module.training for module in model.modules()}
+    handles = [layer.register_forward_pre_hook(before(name), with_kwargs=True) for name, layer in layers.items()]
+    handles += [layer.register_forward_hook(after) for layer in layers.values()]
+    try:
+        with torch.no_grad(), known:
+            model.eval()(*example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, was_training in training.items():
+            module.training = was_training
+    read_outside |= known.read
+
+    reasons: dict[str, str | None] = {}
+    for name, layer in layers.items():
+        if not passes[name]:
+            reasons[name] = "the example does not pass through it"
+        elif any(address(p) in read_outside for p in layer.parameters()):
+            reasons[name] = "its weights are also read outside of it"
+        else:
+            reasons[name] = next((reason for reason in passes[name] if reason is not None), None)
+    return reasons
 
 
 def _conv(layer: nn.Conv2d, ni: int | None, fraction: float, divisive: bool) -> DANNConv2d:

@@ -77,6 +77,7 @@ def test_every_kept_layer_has_its_reason():
         "depthwise": "one unit per group",
         "reflecting": "padding_mode='reflect'",
         "after_tanh": "can be negative (-",
+        "attention": "no DANN counterpart",
         "attention.out_proj": "NonDynamicallyQuantizableLinear",
         "tied": "shared",
         "twin": "shared",
@@ -117,3 +118,66 @@ def test_the_example_pass_leaves_no_trace():
 def test_wrong_options_are_refused_by_value(options, message):
     with pytest.raises(UsageError, match=message):
         daleify(nn.Sequential(nn.Linear(9, 20), nn.ReLU()), torch.rand(3, 9), **options)
+
+
+def converted(forward, **layers):
+    """What becomes of a model with these layers and this forward pass."""
+
+    class Model(nn.Module):
+        def forward(self, *inputs):
+            return forward(self, *inputs)
+
+    model = Model()
+    for name, layer in layers.items():
+        setattr(model, name, layer)
+    return daleify(model, (torch.rand(6, 4), torch.rand(6, 4)))
+
+
+def test_inputs_that_happen_to_be_positive_are_not_enough():
+    first = nn.Linear(4, 8)
+    nn.init.constant_(first.bias, 5.0)
+    made = converted(lambda m, x, _: m.second(F.silu(m.first(x))), first=first, second=nn.Linear(8, 3))
+    assert made.converted == ["first"]
+    assert made.kept["second"] == "its inputs come from silu, which does not guarantee that they are >= 0"
+
+
+def test_every_pass_through_a_layer_counts():
+    made = converted(lambda m, x, _: m.again(torch.tanh(m.again(x.relu()) - 9)), again=nn.Linear(4, 4))
+    assert "can be negative (-" in made.kept["again"]
+
+
+def test_a_layer_under_two_names_stays_one_layer():
+    shared = nn.Linear(4, 4)
+    made = daleify(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), shared, nn.ReLU(), shared), torch.rand(6, 4))
+    assert made.converted == ["0", "2"]
+    assert isinstance(made.model[4], DANNLinear)
+    assert made.model[2] is made.model[4]
+
+
+def test_several_inputs_and_keyword_calls_are_followed():
+    made = converted(lambda m, x, y: m.layer(input=x + y), layer=nn.Linear(4, 3))
+    assert made.converted == ["layer"]
+
+
+def test_layers_whose_weights_are_used_elsewhere_are_kept():
+    made = converted(lambda m, x, _: m.layer(x) + m.layer.weight.sum(), layer=nn.Linear(4, 3))
+    assert made.kept == {"layer": "its weights are also read outside of it"}
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    made = daleify(encoder, torch.rand(2, 5, 8))
+    assert "TransformerEncoderLayer" in made.kept["linear2"]
+    made.model.eval()(torch.rand(2, 5, 8))
+
+
+def test_layers_that_carry_more_than_weights_are_kept():
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    normalised = nn.utils.spectral_norm(nn.Linear(4, 4))
+    made = daleify(nn.Sequential(frozen, nn.ReLU(), normalised, nn.ReLU(), nn.LSTM(4, 4)), torch.rand(6, 4))
+    assert made.converted == []
+    assert "frozen" in made.kept["0"]
+    assert "hooks" in made.kept["2"]
+    assert "LSTM" in made.kept["4"]
+
+
+def test_an_example_that_is_not_a_number_proves_nothing():
+    made = daleify(nn.Sequential(nn.Linear(4, 4)), torch.full((2, 4), float("nan")))
+    assert made.converted == []

@@ -154,7 +154,8 @@ class ImageDataModule(pl.LightningDataModule):
     @property
     def pixel_mean(self) -> float:
         """Mean pixel in [0, 1] of the training images; after `setup`."""
-        return _loaded(self.train_set).images.mean(dtype=torch.float64).item() / 255
+        images = _loaded(self.train_set).images
+        return int(images.sum(dtype=torch.int64)) / images.numel() / 255  # exact, without a copy of 8 times the size
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train_set, shuffle=True)
