@@ -1,8 +1,8 @@
 """Data sets as files: ``data_dir/NAME.npz`` in Keras's layout.
 
-A file holds ``x_train, y_train, x_test, y_test``: uint8 images N x H x W or N x H x W x 3, and integer labels. It is made
-once, from torchvision's download or from an installed package; one put there by hand serves a machine without internet.
-Reading a file executes nothing.
+A file holds ``x_train, y_train, x_test, y_test``: uint8 images N x H x W or N x H x W x 3, and integer labels. It is
+made once, from torchvision's download or from an installed package; one put there by hand serves a machine without
+internet. Reading a file executes nothing.
 """
 
 import os

@@ -1,8 +1,5 @@
 """Images as DataModules: pixels in [0, 1], kept in memory as bytes, batches cut by one indexing operation."""
 
-import os
-import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_danns.data.files import Arrays, read_arrays, torchvision_arrays, write_arrays
 from lightning_danns.errors import UsageError
-
 
 
 class ImageDataset(Dataset):
