@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import project_, refuse_negative_inputs, sign_violations
-from lightning_danns.optim import clip_layers_, limit_clamping_
+from lightning_danns.optim import clip_layers_, limit_clamping_, require_factors
 
 
 class DaleProjection(pl.Callback):
@@ -18,14 +18,15 @@ class DaleProjection(pl.Callback):
     The modules of this package attach it themselves; give it to the Trainer for other modules. It hooks into the
     optimizers, so it acts once per step under gradient accumulation, mixed precision and manual optimization, and
     other callbacks, checkpoints and validation only ever see weights of the right sign. When a fit starts, it
-    refuses starting weights of the wrong sign, and the first inputs of each layer if they are negative.
+    refuses starting weights of the wrong sign, and the first inputs of each layer if they are negative; before every
+    step, it refuses learning rates from which something has removed the factors.
 
     An optimizer of your own that `configure_optimizers` does not return is out of its sight: call `project_`.
 
     To project differently, subclass it and override `project`; the module then uses your instance.
 
     Raises:
-        UsageError: at the start of a fit, for negative weights or inputs.
+        UsageError: at the start of a fit, for negative weights or inputs; before a step, for lost factors.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,13 @@ class DaleProjection(pl.Callback):
         def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             self.project(pl_module)
 
-        self._handles = [optimizer.register_step_post_hook(after_step) for optimizer in trainer.optimizers]
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            # catches whatever sets rates from outside: StochasticWeightAveraging, finetuning, the Tuner, own callbacks
+            require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
+
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(before_step))
+            self._handles.append(optimizer.register_step_post_hook(after_step))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # again: sharded strategies restore a checkpoint only after on_fit_start

@@ -106,7 +106,10 @@ class CLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint can be read. Lightning would also let its arguments override config and command
         line; here the config rules, and a checkpoint of another network is refused."""
-        path = self.config[self.config.subcommand].ckpt_path
+        config = self.config[self.config.subcommand]
+        if self.config.subcommand != "fit" and config.ckpt_path in ("best", "last"):
+            config.ckpt_path = os.path.join(config.run_dir or "", "checkpoints", f"{config.ckpt_path}.ckpt")
+        path = config.ckpt_path
         if path is None or path in ("best", "last", "hpc", "registry") or "://" in path:
             return
         if not os.path.exists(path):
@@ -129,11 +132,11 @@ class CLI(LightningCLI):
         self.folder = folder if self.subcommand == "fit" else folder / str(self.subcommand)
         if self.subcommand == "fit" and config.ckpt_path is None:
             refuse_used_folder(folder)
-        if config.trainer.default_root_dir is None:
-            config.trainer.default_root_dir = str(self.folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand]
+        if config.trainer.default_root_dir is None:  # not written into the config, which may start another run
+            kwargs["default_root_dir"] = str(self.folder)
         if config.trainer.logger in (None, True):
             keep_earlier(self.folder / "metrics.csv")
             folder = str(self.folder)
@@ -159,6 +162,8 @@ class CLI(LightningCLI):
         if self.trainer.world_size > 1:
             raise UsageError("predict writes one file: run it with --trainer.devices=1")
         batches = self.trainer.predict_loop.predictions
+        if not batches:
+            raise UsageError("there is nothing to write: predict needs at least one batch, and return_predictions")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "predictions.npz"
         probabilities = torch.cat(batches).float().numpy()

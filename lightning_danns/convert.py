@@ -90,9 +90,11 @@ def daleify(
         for module, same in names.items()
         if isinstance(module, NO_COUNTERPART) and not isinstance(module, nn.Conv2d)
     }
-    for name in [*ni, *pixels]:
-        if name not in layers:
-            raise UsageError(f"{name!r} is no Linear or Conv2d of the model; these are: {', '.join(layers)}")
+    dense = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
+    for given, kind, known in ((ni, "Linear or Conv2d", layers), (pixels, "Linear", dense)):
+        for name in given:
+            if name not in known:
+                raise UsageError(f"{name!r} is no {kind} of the model; these are: {', '.join(known)}")
     owners = Counter(p for module in model.modules() for p in module.parameters(recurse=False))
     parents = {child: module for module in model.modules() for child in module.children()}
     unfit = {name: _reason_of_kind(layer, owners, parents) for name, layer in layers.items()}
@@ -108,9 +110,9 @@ def daleify(
             replacement: nn.Module = _conv(layer, ni.get(name), fraction, divisive)
         else:
             count = ni.get(name, max(1, round(fraction * layer.out_features)))
-            kind: Inputs = "pixels" if name in pixels else "rectified"
+            sees: Inputs = "pixels" if name in pixels else "rectified"
             replacement = DANNLinear(
-                layer.in_features, layer.out_features, count, divisive=divisive, inputs=kind, **_like(layer)
+                layer.in_features, layer.out_features, count, divisive=divisive, inputs=sees, **_like(layer)
             )
         replacement.train(layer.training)
         if name == "":

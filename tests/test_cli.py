@@ -77,6 +77,24 @@ def test_a_run_is_one_folder_that_can_be_tested_predicted_and_reloaded(run, data
         assert (file["predicted"] == labels).mean() == pytest.approx(float(row["test_accuracy"]))
 
 
+def test_a_config_of_one_run_starts_another_without_touching_the_first(run, data_dir):
+    fit(run)
+    before = (data_dir / "run" / "checkpoints" / "last.ckpt").read_bytes()
+    run("fit", "--config=run/config.yaml", "--run_dir=again", "--seed_everything=5", "--trainer.logger=false")
+    assert (data_dir / "again" / "checkpoints" / "last.ckpt").exists()
+    assert (data_dir / "again" / "config.yaml").exists()
+    assert (data_dir / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert yaml.safe_load((data_dir / "run" / "config.yaml").read_text())["run_dir"] == "run"
+
+
+def test_best_and_last_name_checkpoints_of_the_run(run):
+    fit(run)
+    assert "test_accuracy" in run("test", "--config=run/config.yaml", "--ckpt_path=best", *QUIET)
+    assert "test_accuracy" in run("test", "--config=run/config.yaml", "--ckpt_path=last", *QUIET)
+    nothing = run("predict", "--config=run/config.yaml", "--trainer.limit_predict_batches=0", *QUIET, status=2)
+    assert "nothing to write" in nothing
+
+
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(run, data_dir):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         fit(run, f"--seed_everything={seed}", run_dir=name)
@@ -157,7 +175,8 @@ WRONG = {
         ["--model.lr_scheduler=OneCycleLR", "--model.lr_scheduler.max_lr=1", "--model.lr_scheduler.total_steps=9"],
         "OneCycleLR set learning rates that destroy",
     ),
-    "optimizer without groups": (["--model.optimizer=LBFGS"], "does not take the parameter groups"),
+    "negative rate": (["--model.optimizer=SGD", "--model.optimizer.lr=-1"], "Invalid learning rate: -1"),
+    "optimizer without groups": (["--model.optimizer=LBFGS"], "LBFGS doesn't support per-parameter options"),
 }
 
 

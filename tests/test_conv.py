@@ -108,6 +108,8 @@ def test_factors_count_the_whole_kernel():
         ({"ni": 9}, "ni=9.*ne=8"),
         ({"groups": 3}, "groups=3 must divide in_channels=4, ne=8 and ni=2"),
         ({"kernel_size": 0}, "kernel_size=0"),
+        ({"kernel_size": (3,)}, r"\(3,\): give a whole number or a pair"),
+        ({"kernel_size": 3.0}, r"3\.0: give a whole number or a pair"),
         ({"stride": (1, 0)}, r"stride=\(1, 0\)"),
         ({"padding": -1}, "padding=-1"),
         ({"padding": "full"}, "padding='full'"),

@@ -144,7 +144,7 @@ def test_schedulers_with_absolute_rates_are_refused_before_training(model, name)
 
 
 def test_lbfgs_is_refused_with_the_way_out(model):
-    with pytest.raises(UsageError, match=r"parameter groups.*SGD, Adam"):
+    with pytest.raises(UsageError, match=r"LBFGS doesn.*parameter.*SGD or Adam"):
         fisher_optimizer(torch.optim.LBFGS, fisher_param_groups(model))
     fisher_optimizer(torch.optim.LBFGS, fisher_param_groups(model, "none"))
 
@@ -155,3 +155,27 @@ def test_rates_changed_from_outside_are_refused(model):
     optimizer.param_groups[1]["lr"] = 0.1
     with pytest.raises(UsageError, match=r"^a callback set learning rates"):
         require_factors(optimizer, "a callback")
+
+
+def test_a_tensor_rate_shared_by_the_groups_is_scaled_for_each(model):
+    optimizer = fisher_optimizer(
+        functools.partial(torch.optim.Adam, lr=torch.tensor(0.1), foreach=False), fisher_param_groups(model)
+    )
+    for group in optimizer.param_groups:
+        assert float(group["lr"]) == pytest.approx(0.1 * group["lr_scale"])
+
+
+def test_a_group_added_without_factors_is_refused(model):
+    optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.1})
+    with pytest.raises(UsageError, match="added a parameter group without learning-rate factors"):
+        require_factors(optimizer, "finetuning")
+    require_factors(SGD(model.parameters()), "nobody")  # somebody's own optimizer
+
+
+def test_an_optimizer_that_ignores_the_groups_or_refuses_its_settings_is_refused(model):
+    groups = fisher_param_groups(model)
+    with pytest.raises(UsageError, match="must be built of the parameter groups"):
+        fisher_optimizer(lambda groups: torch.optim.SGD([p for g in groups for p in g["params"]], lr=0.1), groups)
+    with pytest.raises(UsageError, match="Invalid learning rate: -1"):
+        fisher_optimizer(functools.partial(torch.optim.SGD, lr=-1), groups)

@@ -185,3 +185,23 @@ def test_ending_the_input_check_removes_it():
     layer = DANNLinear(6, 5, 2)
     refuse_negative_inputs(layer)()
     layer(-torch.rand(2, 6))
+
+
+def test_other_wrong_inputs_are_refused():
+    layer = DANNLinear(4, 3, 1)
+    for x in (torch.tensor(1.0), torch.ones(2, 4, dtype=torch.uint8)):
+        with pytest.raises(UsageError, match="floating-point"):
+            layer(x)
+    with pytest.raises(UsageError, match="bfloat16"):
+        DANNLinear(4, 3, 1, dtype=torch.float16)(torch.zeros(2, 4, dtype=torch.float16))
+    zeros = DANNLinear(4, 3, 1, dtype=torch.bfloat16)(torch.zeros(2, 4, dtype=torch.bfloat16))
+    assert torch.isfinite(zeros).all()
+
+
+def test_a_reparametrised_signed_weight_is_refused():
+    from torch.nn.utils import prune
+
+    layer = DANNLinear(6, 5, 2)
+    prune.random_unstructured(layer, "Wex", amount=0.2)
+    with pytest.raises(UsageError, match=r"DANNLinear\.Wex.*no parameter of its own"):
+        project_(layer)

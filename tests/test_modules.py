@@ -170,6 +170,25 @@ def test_a_checkpoint_of_another_network_is_refused(data, make_trainer, tmp_path
         make_trainer().fit(Narrow(), datamodule=data, ckpt_path=path)
 
 
+def test_loading_with_strict_false_allows_what_torch_allows(data, make_trainer, tmp_path):
+    class Grown(DANNMLP):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.register_buffer("extra", torch.zeros(1))
+
+    _, path = fit_and_save(DANNMLP(hidden_sizes=[12], optimizer=SGD), data, make_trainer, tmp_path)
+    assert Grown.load_from_checkpoint(path, strict=False).extra == 0
+    with pytest.raises(RuntimeError, match="extra"):
+        Grown.load_from_checkpoint(path)
+
+
+def test_wrong_arguments_are_refused_by_value():
+    with pytest.raises(UsageError, match="correction='fishr'"):
+        DANNMLP(correction="fishr")
+    with pytest.raises(UsageError, match="optimizer='SGD'"):
+        DANNMLP(optimizer="SGD")
+
+
 def test_schedulers_step_once_an_epoch_and_scale_every_group(data, make_trainer):
     model = DANNMLP(
         hidden_sizes=[12], optimizer=SGD, lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1)

@@ -136,3 +136,18 @@ def test_batch_normalisation_is_refused_by_name():
 def test_wrong_settings_are_refused_by_value(wrong):
     with pytest.raises(UsageError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         DiagonalNGD(network(1).parameters(), **wrong)
+
+
+def test_a_shared_parameter_steps_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 6, bias=False)).double()
+    model[2].weight = model[0].weight
+    optimizer = DiagonalNGD(model.parameters(), lr=1.0)
+    images = torch.rand(8, 6, dtype=torch.float64)
+    optimizer.update_fisher(model, images)
+    F.cross_entropy(model(images), torch.arange(8) % 6).backward()
+    weight = model[0].weight
+    inverse = 1 / (optimizer.state[weight]["fisher"] + 1e-8)
+    expected = weight.detach() - weight.grad * inverse / inverse.norm()
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)

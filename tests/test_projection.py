@@ -138,6 +138,23 @@ def test_a_subclass_that_overrides_configure_callbacks_keeps_the_projection(batc
     assert any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
 
 
+def test_a_mixin_that_overrides_configure_callbacks_keeps_the_projection(batches, make_trainer):
+    class Mixin:
+        def configure_callbacks(self):
+            return [pl.callbacks.Timer()]
+
+    class Mine(Mixin, DANNMLP):
+        pass
+
+    class Deeper(Mine):
+        pass
+
+    trainer = make_trainer()
+    trainer.fit(Deeper(input_shape=(1, 4, 4), num_classes=4, hidden_sizes=[8], ni=2), batches)
+    assert len(projections(trainer)) == 1
+    assert any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
+
+
 def test_it_serves_any_lightning_module(batches, make_trainer):
     class Plain(pl.LightningModule):
         def __init__(self):
@@ -170,6 +187,7 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception(batches, make_train
                 trainer.fit(model, batches)
         (optimizer,) = trainer.optimizers
         assert not optimizer._optimizer_step_post_hooks
+        assert not optimizer._optimizer_step_pre_hooks
         assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -188,6 +206,12 @@ def test_negative_inputs_are_refused_at_the_start(validate_first, make_trainer):
 
 
 def test_rates_changed_by_a_callback_are_refused_before_the_step(batches, make_trainer):
+    class Logging(DANNMLP):
+        def on_before_optimizer_step(self, optimizer):
+            """A hook that many override, without super(): the guard does not live there."""
+
     averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1, annealing_epochs=1)
     with pytest.raises(UsageError, match="callback or the Tuner"):
-        make_trainer(max_epochs=4, callbacks=[averaging]).fit(small_dann(), batches)
+        make_trainer(max_epochs=4, callbacks=[averaging]).fit(
+            Logging(input_shape=(1, 4, 4), num_classes=4, hidden_sizes=[8], ni=2), batches
+        )

@@ -130,3 +130,10 @@ def test_wrong_use_of_the_callbacks_is_refused(make_trainer):
     for callback in (LayerGradientClipping(1.0), CosineStepControl(0.1)):
         with pytest.raises(UsageError, match=r"gradient_clip_val=0\.5"):
             fit([callback], make_trainer, gradient_clip_val=0.5)
+
+
+def test_the_cosine_rule_is_refused_for_layers_that_share_a_parameter():
+    shared = nn.Sequential(DANNLinear(6, 6, 2), DANNLinear(6, 6, 2))
+    shared[1].Wex = shared[0].Wex
+    with pytest.raises(UsageError, match="share a parameter"):
+        limit_clamping_(shared, torch.optim.SGD(shared.parameters(), lr=0.1), 0.1)

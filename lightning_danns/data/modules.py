@@ -39,9 +39,9 @@ class ImageDataset(Dataset):
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
-    """Move each image of a batch (N, C, H, W) by up to ``padding`` pixels, filling with 0, and mirror every second one.
+    """Move each image of a batch (N, C, H, W) by up to ``padding`` pixels, filling with 0, and mirror half of them.
 
-    The standard augmentation of CIFAR-10; shifts and mirrorings are drawn anew for each image.
+    The standard augmentation of CIFAR-10. Shifts are drawn anew for each image, and so is whether it is mirrored.
     """
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
@@ -69,7 +69,7 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
 class ImageDataModule(pl.LightningDataModule):
     """Loads ``data_dir/NAME.npz``, splits its training images by seed and class, and serves batches.
 
-    A subclass names a data set by four class attributes and overrides `fetch` if it can be had automatically:
+    A subclass names a data set by three class attributes and overrides `fetch` if it can be had automatically:
 
     Attributes:
         dataset: the file's name, without ``.npz``.

@@ -15,7 +15,7 @@ from lightning_danns.errors import UsageError
 
 
 class DaleModule(nn.Module):
-    """A layer with signed weights. Subclasses declare three things about themselves:
+    """A layer with signed weights. Subclasses declare about themselves:
 
     Attributes:
         nonnegative: names of the layer's own parameters that must stay >= 0. Names whose parameter is None
@@ -56,8 +56,14 @@ class DaleModule(nn.Module):
         """Names and parameters that must stay >= 0."""
         for name in self.nonnegative:
             parameter = getattr(self, name)
-            if parameter is not None:
-                yield name, parameter
+            if parameter is None:
+                continue
+            if not isinstance(parameter, nn.Parameter):
+                raise UsageError(
+                    f"{type(self).__name__}.{name} must be non-negative but is no parameter of its own (pruning and "
+                    "weight normalisation replace it by a function of others): clamping it would have no effect"
+                )
+            yield name, parameter
 
 
 def dale_layers(model: nn.Module) -> Iterator[tuple[str, DaleModule]]:

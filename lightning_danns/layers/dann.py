@@ -125,6 +125,8 @@ class DANN(DaleModule):
             # exp keeps the divisive gain positive, so alpha is never projected
             gain = self._per_unit(self.alpha.exp())
             subtraction, division = self._inhibit(z_i, gain * z_i)
+            if division.dtype is torch.float16:
+                raise UsageError("float16 has too little range to divide by inhibition: use bfloat16 (bf16-mixed)")
             gamma = division + EPS
             z = self._per_unit(self.g) * (z_e - subtraction) / gamma
         else:

@@ -1,6 +1,6 @@
 """The convolutional layer of Dale's ANNs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +14,10 @@ Pair = int | tuple[int, int]
 
 
 def _pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
+        raise UsageError(f"{value!r}: give a whole number or a pair of them")
+    return (pair[0], pair[1])
 
 
 class DANNConv2d(DANN):

@@ -88,9 +88,10 @@ class DANNLinear(DANN):
         super().__init__((in_features,), ne, ni, divisive, bias, inputs, inhibition, device, dtype)
 
     def _refuse_misfit(self, x: Tensor) -> None:
-        if x.shape[-1] != self.d:
+        if x.dim() == 0 or x.shape[-1] != self.d or not x.is_floating_point():
             raise UsageError(
-                f"input of shape {tuple(x.shape)}: this layer takes {self.d} features in the last dimension"
+                f"input of shape {tuple(x.shape)} and {x.dtype}: this layer takes {self.d} features in the last "
+                "dimension, as floating-point numbers"
             )
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:

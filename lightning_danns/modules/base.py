@@ -21,7 +21,6 @@ from lightning_danns.optim import (
     fisher_optimizer,
     fisher_param_groups,
     rehearse_scheduler,
-    require_factors,
 )
 
 
@@ -67,6 +66,11 @@ class ImageClassifier(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        if correction not in ("fisher", "none"):
+            raise UsageError(f"correction={correction!r}: choose 'fisher' or 'none'")
+        for name, factory in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
+            if factory is not None and not callable(factory):
+                raise UsageError(f"{name}={factory!r}: give a function such as partial(torch.optim.SGD, lr=0.1)")
         self.save_hyperparameters()
         self.input_shape, self.num_classes = tuple(input_shape), num_classes
         self.correction = correction
@@ -132,24 +136,22 @@ class ImageClassifier(pl.LightningModule):
     def _optimizer(self) -> torch.optim.Optimizer:
         return fisher_optimizer(self.optimizer_factory, fisher_param_groups(self, self.correction))
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # catches whatever sets learning rates from outside: StochasticWeightAveraging, the Tuner, own callbacks
-        require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
-
     def configure_callbacks(self) -> list[pl.Callback]:
         """`DaleProjection`, unless the Trainer already has one."""
         return self._with_projection([])
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "configure_callbacks" in vars(cls):  # overridden without super(), it would lose the projection
-            own = cls.configure_callbacks
+        own = cls.configure_callbacks
+        if own is not ImageClassifier.configure_callbacks and not hasattr(own, "keeps_projection"):
+            # overridden, in the class or a mixin, perhaps without super()
 
             @functools.wraps(own)
             def configure_callbacks(self: "ImageClassifier") -> list[pl.Callback]:
                 callbacks = own(self)
                 return self._with_projection(list(callbacks) if isinstance(callbacks, Sequence) else [callbacks])
 
+            configure_callbacks.keeps_projection = True  # type: ignore[attr-defined]
             cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
 
     def _with_projection(self, callbacks: list[pl.Callback]) -> list[pl.Callback]:
@@ -186,8 +188,11 @@ class ImageClassifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""
-        _refuse_other_network(self, checkpoint)
-        if self._trainer is not None and self.trainer.training:
+        if self._trainer is None:
+            return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
+        if self.strict_loading:
+            _refuse_other_network(self, checkpoint)
+        if self.trainer.training:
             for state in checkpoint.get("optimizer_states", [])[:1]:
                 _refuse_other_optimizer(self._optimizer().param_groups, state["param_groups"])
 

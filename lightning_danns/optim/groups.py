@@ -112,48 +112,52 @@ def _factors(model: nn.Module, correction: Correction | Mapping[str, float]) -> 
 def scale_learning_rates_(optimizer: Optimizer) -> None:
     """Multiply each group's learning rate by its ``lr_scale``. Call it once, before a scheduler is built."""
     for group in optimizer.param_groups:
-        group["lr"] *= group["lr_scale"]
+        group["lr"] = group["lr"] * group["lr_scale"]  # not in place: groups may share one tensor
 
 
 def fisher_optimizer(factory: Callable[[Groups], Optimizer], groups: Groups) -> Optimizer:
     """The optimizer that ``factory`` makes of ``groups``, its base learning rate scaled group by group.
 
     Raises:
-        UsageError: the optimizer does not take parameter groups (LBFGS), or its learning rate is not positive.
+        UsageError: the optimizer does not take parameter groups (LBFGS), refuses its settings, or was not built of the
+            groups.
     """
     try:
         optimizer = factory(groups)
     except ValueError as error:
-        if len(groups) == 1:
-            raise
         raise UsageError(
-            f"this optimizer does not take the parameter groups that hold the learning-rate factors ({error}). "
-            "Use SGD, Adam or another first-order optimizer, or correction='none'"
+            f"the optimizer refuses its settings: {error}. (The learning-rate factors need one that takes parameter "
+            "groups, such as SGD or Adam, or correction='none'.)"
         ) from error
+    if not all("lr_scale" in group for group in optimizer.param_groups):
+        raise UsageError("the optimizer must be built of the parameter groups it is given, which hold the factors")
     scale_learning_rates_(optimizer)
     return optimizer
-
-
-def base_learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Learning rate over ``lr_scale`` by group name: one and the same number while the factors are intact."""
-    return {g["name"]: float(g["lr"]) / g["lr_scale"] for g in optimizer.param_groups if "lr_scale" in g}
 
 
 def require_factors(optimizer: Optimizer, culprit: str) -> None:
     """Refuse learning rates that are no longer one base rate times each group's ``lr_scale``.
 
+    An optimizer without any ``lr_scale`` is somebody's own and passes.
+
     Raises:
         UsageError: names ``culprit``, the two groups that differ most, and what to use instead.
     """
-    rates = base_learning_rates(optimizer)
-    if not rates:
+    groups = optimizer.param_groups
+    if not any("lr_scale" in group for group in groups):
         return
-    low, high = min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)
-    # below 1e-30 rates have decayed to nothing, and lose digits
-    if rates[high] - rates[low] > max(1e-6 * abs(rates[high]), 1e-30):
+    if not all("lr_scale" in group for group in groups):
         raise UsageError(
-            f"{culprit} set learning rates that destroy the learning-rate factors: base rate {rates[low]:.4g} in "
-            f"group {low!r} but {rates[high]:.4g} in {high!r}. Use a scheduler that multiplies rates "
+            f"{culprit} added a parameter group without learning-rate factors: make it with "
+            "fisher_param_groups(layer, lr=...)"
+        )
+    rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in groups]
+    (low, low_name), (high, high_name) = min(rates), max(rates)
+    # below 1e-30 rates have decayed to nothing, and lose digits
+    if high - low > max(1e-6 * abs(high), 1e-30):
+        raise UsageError(
+            f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in group "
+            f"{low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
             f"({KEEPS_RATIOS}), or correction='none'"
         )
 

@@ -85,13 +85,15 @@ class DiagonalNGD(Optimizer):
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
         if any(p.grad is not None and "fisher" not in self.state[p] for p in group_of) or not self._layers:
             raise UsageError("DiagonalNGD has no Fisher information for this step: call update_fisher(network, images)")
+        stepped: set[nn.Parameter] = set()  # a shared parameter steps with the first layer that owns it
         for layer in self._layers:
             first = layer[0]
             if first not in group_of:
                 continue
             norm = (self.state[first]["fisher"] + group_of[first]["eps"]).reciprocal().norm()
             for parameter in layer:
-                if parameter.grad is not None and parameter in group_of:
+                if parameter.grad is not None and parameter in group_of and parameter not in stepped:
+                    stepped.add(parameter)
                     group = group_of[parameter]
                     step = parameter.grad / (self.state[parameter]["fisher"] + group["eps"])
                     parameter.sub_(group["lr"] * step / norm)

@@ -1,5 +1,7 @@
 """Two ways to keep one layer's step within bounds, both acting on gradients just before the optimizer's step."""
 
+from collections import Counter
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -57,6 +59,9 @@ def limit_clamping_(model: nn.Module, optimizer: Optimizer, epsilon: float, halv
             "decay or other rules: use torch.optim.SGD with lr alone"
         )
     rate = {p: group["lr"] for group in groups for p in group["params"]}
+    owners = Counter(p for _, layer in dale_layers(model) for p in layer.parameters(recurse=False))
+    if any(count > 1 for count in owners.values()):
+        raise UsageError("the cosine rule chooses one rate a layer, but two layers of this model share a parameter")
     chosen = {}
     for name, layer in dale_layers(model):
         signed = [p for _, p in layer.nonnegative_parameters() if p.grad is not None and p in rate]
