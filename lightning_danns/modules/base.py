@@ -190,7 +190,7 @@ class ImageClassifier(pl.LightningModule):
         """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""
         if self._trainer is None:
             return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
-        if self.strict_loading:
+        if self.strict_loading and "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere
             _refuse_other_network(self, checkpoint)
         if self.trainer.training:
             for state in checkpoint.get("optimizer_states", [])[:1]:
