@@ -142,10 +142,13 @@ def cnn(
         dropout: probability of dropping a hidden dense unit.
 
     Raises:
-        UsageError: the image is too small to be halved by every block, or a size is not positive.
+        UsageError: the image is too small to be halved by every block, a size is not positive, or
+            dropout is not a probability.
     """
     if len(input_shape) != 3:
         raise UsageError(f"input_shape={list(input_shape)}: a convolutional network needs (channels, height, width)")
+    if not 0 <= dropout < 1:
+        raise UsageError(f"dropout={dropout}: give a probability from 0 to below 1")
     channels, height, width = input_shape
     smallest = 2 ** len(blocks)
     if min(height, width) < smallest:

@@ -48,6 +48,13 @@ def test_it_is_a_matrix_with_signed_columns():
     torch.testing.assert_close(layer(x), x @ (layer.W @ D).T + layer.b)
 
 
+def test_signs_survive_creation_on_the_meta_device():
+    layer = ColumnEILinear(7, 5, ni=2, device="meta").to_empty(device="cpu")
+    layer.sign.fill_(7)  # to_empty leaves any number
+    layer.reset_parameters()
+    assert layer.sign.tolist() == [1] * 5 + [-1] * 2
+
+
 def test_first_weights_have_the_stated_means():
     torch.manual_seed(0)
     layer = ColumnEILinear(550, 1000, ni=50)

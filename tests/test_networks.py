@@ -145,6 +145,7 @@ def test_a_dann_vgg16_step_lowers_its_loss():
         (lambda: ColumnEIMLP(ratio=0), "ratio=0"),
         (lambda: DANNVGG(input_shape=CIFAR, depth=17), "depth=17"),
         (lambda: VGG(input_shape=(3, 16, 16)), "32 x 32"),
+        (lambda: VGG(input_shape=CIFAR, dropout=1.5), "dropout=1.5"),
     ],
 )
 def test_wrong_architectures_are_refused_by_value(build, message):
@@ -183,3 +184,25 @@ def test_column_ei_centres_on_the_data_once(data_dir, make_trainer, tmp_path):
         make_trainer().fit(ColumnEIMLP(hidden_sizes=[22]), data.train_dataloader())
     given = ColumnEIMLP(hidden_sizes=[22], pixel_mean=0.25)
     torch.testing.assert_close(first_bias(given), torch.full((22,), -7.0))
+
+
+def test_column_ei_does_not_centre_weights_loaded_into_its_network(data_dir, make_trainer):
+    data = MNISTDataModule(str(data_dir), val_size=50)
+    trained = ColumnEIMLP(hidden_sizes=[22], pixel_mean=0.25)
+    trained.network[1].b.data += 1  # stands for training
+    model = ColumnEIMLP(hidden_sizes=[22], optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+    model.network.load_state_dict(trained.network.state_dict())
+    make_trainer().fit(model, datamodule=data)
+    assert torch.equal(model.network[1].b, trained.network[1].b)
+
+
+def test_column_ei_resumes_with_its_trained_bias(data_dir, make_trainer, tmp_path):
+    data = MNISTDataModule(str(data_dir), val_size=50)
+    frozen = functools.partial(torch.optim.SGD, lr=0.0)
+    model, trainer = ColumnEIMLP(hidden_sizes=[22], optimizer=frozen), make_trainer()
+    trainer.fit(model, datamodule=data)
+    model.network[1].b.data += 1  # stands for training
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    resumed = ColumnEIMLP(hidden_sizes=[22], optimizer=frozen)
+    make_trainer(max_epochs=2).fit(resumed, datamodule=data, ckpt_path=tmp_path / "model.ckpt")
+    assert torch.equal(resumed.network[1].b, model.network[1].b)

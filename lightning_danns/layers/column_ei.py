@@ -71,15 +71,15 @@ class ColumnEILinear(DaleModule):
         self.in_features, self.out_features, self.ni = in_features, out_features, ni
         self.W = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        sign = torch.ones(in_features, device=device, dtype=dtype)
-        sign[in_features - ni :] = -1
-        self.register_buffer("sign", sign)
+        self.register_buffer("sign", torch.empty(in_features, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw new weights; see the class."""
+        """Draw new weights; see the class. Sets the signs too, which `torch.nn.Module.to_empty` loses."""
         d, ni = self.in_features, self.ni
+        self.sign[: d - ni] = 1
+        self.sign[d - ni :] = -1
         if ni == 0:
             exponential_(self.W, 1 / math.sqrt(d))
         else:

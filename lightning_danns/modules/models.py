@@ -85,6 +85,9 @@ class ColumnEIMLP(ImageClassifier):
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.centred:
             return
+        bias = self._first.b
+        if bias is not None and bool(bias.any()):
+            return  # away from its start at 0, it was trained or loaded without this module's flag
         mean = getattr(getattr(self.trainer, "datamodule", None), "pixel_mean", None)
         if mean is None:
             raise UsageError(
@@ -92,8 +95,12 @@ class ColumnEIMLP(ImageClassifier):
             )
         self._centre_(mean)
 
+    @property
+    def _first(self) -> ColumnEILinear:
+        return next(layer for layer in self.modules() if isinstance(layer, ColumnEILinear))
+
     def _centre_(self, pixel_mean: float) -> None:
-        next(layer for layer in self.modules() if isinstance(layer, ColumnEILinear)).centre_(pixel_mean)
+        self._first.centre_(pixel_mean)
         self.centred.fill_(True)
 
 
