@@ -137,3 +137,10 @@ def test_the_cosine_rule_is_refused_for_layers_that_share_a_parameter():
     shared[1].Wex = shared[0].Wex
     with pytest.raises(UsageError, match="share a parameter"):
         limit_clamping_(shared, torch.optim.SGD(shared.parameters(), lr=0.1), 0.1)
+
+
+def test_the_cosine_rule_leaves_what_another_optimizer_steps(model):
+    gradient = model[0].b.grad.clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p is not model[0].b], lr=50.0)
+    assert limit_clamping_(model, optimizer, 0.0, 12)["0"] < 1
+    assert torch.equal(model[0].b.grad, gradient)

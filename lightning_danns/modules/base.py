@@ -93,10 +93,11 @@ class ImageClassifier(pl.LightningModule):
         return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = self.shared_step(batch, "train")
         for optimizer in self._trainer.optimizers if self._trainer else []:
             if hasattr(optimizer, "update_fisher"):  # DiagonalNGD, and others that learn from per-sample gradients
                 optimizer.update_fisher(self.network, batch[0])
-        return self.shared_step(batch, "train")
+        return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.shared_step(batch, "val")

@@ -1,6 +1,6 @@
 """Diagonal natural gradient: each parameter's step divided by its own Fisher information."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ class DiagonalNGD(Optimizer):
         step  = gradient / (F + eps), divided for a whole layer by | 1 / (F + eps) | of the layer's first parameter
 
     The first parameter of a DANN layer is ``Wex``, of an `nn.Linear` its weight. Call `update_fisher` on each batch
-    before its step; `ImageClassifier` does. The running F is part of ``state_dict``. In several processes, F is the
-    mean over all of them.
+    before its step; `ImageClassifier` does. Like gradients, batches accumulate until the step, which takes them into
+    F as one. The running F is part of ``state_dict``. In several processes, F is the mean over all of them.
 
     It replaces the Fisher factors of parameter groups and refuses them: use ``correction="none"``.
 
@@ -37,7 +37,8 @@ class DiagonalNGD(Optimizer):
         eps: added to F.
 
     Raises:
-        UsageError: groups with learning-rate factors; a step without F; a layer that mixes the samples of a batch.
+        UsageError: groups with learning-rate factors; a step without a batch for F; a layer that mixes the samples
+            of a batch, or whose first parameter is not trained.
     """
 
     def __init__(
@@ -54,27 +55,53 @@ class DiagonalNGD(Optimizer):
                 "and eps above 0, decay from 0 to 1"
             )
         super().__init__(params, {"lr": lr, "fisher_scale": fisher_scale, "decay": decay, "eps": eps})
-        self._layers: list[list[nn.Parameter]] = []
-        if any(group.get("lr_scale", 1) != 1 for group in self.param_groups):
+        self._start_batch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # also how load_state_dict ends
+        self._start_batch()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if param_group.get("lr_scale", 1) != 1:
             raise UsageError(
-                "DiagonalNGD estimates the Fisher information itself and takes no learning-rate factors: use "
-                "correction='none'"
+                f"group {param_group.get('name')!r} has lr_scale={param_group['lr_scale']:.4g}, but DiagonalNGD "
+                "estimates the Fisher information itself and takes no learning-rate factors: use correction='none'"
             )
+        super().add_param_group(param_group)
+
+    def _start_batch(self) -> None:
+        self._layers: list[list[nn.Parameter]] = []
+        self._squares: dict[nn.Parameter, Tensor] = {}  # summed over the samples since the last step
+        self._samples = 0
 
     def update_fisher(self, network: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> None:
-        """Take the Fisher information of ``network`` on ``images`` into the running estimate."""
-        self._layers = [parameters for _, parameters in _layers(network)]
-        squares = mean_squared_gradients(network, images, generator)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter not in squares:
-                    continue
-                estimate = group["fisher_scale"] * squares[parameter]
-                state = self.state[parameter]
-                if "fisher" in state:
-                    state["fisher"].lerp_(estimate, group["decay"])
-                else:
-                    state["fisher"] = estimate
+        """Add the squared gradients of ``network`` on ``images`` to those that the next step takes into F.
+
+        Args:
+            network: maps images (N, ...) to logits (N, classes).
+            images: the batch, or a part of it, whose gradient the step will use.
+            generator: draws the labels; torch's default if not given.
+        """
+        self._layers = self._trained_layers(network)
+        for parameter, square in mean_squared_gradients(network, images, generator).items():
+            self._squares[parameter] = self._squares.get(parameter, 0) + len(images) * square
+        self._samples += len(images)
+
+    def _trained_layers(self, network: nn.Module) -> list[list[nn.Parameter]]:
+        """The parameters of each layer that this optimizer trains, first the one that normalises its step."""
+        ours = {parameter for group in self.param_groups for parameter in group["params"] if parameter.requires_grad}
+        layers = []
+        for name, module in network.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            trained = [parameter for parameter in own.values() if parameter in ours]
+            if trained and next(iter(own.values())) not in ours:
+                raise UsageError(
+                    f"layer {name!r}: the Fisher information of its {next(iter(own))!r} normalises the step of all its "
+                    "parameters, but it is frozen or not in the optimizer: train it too, or freeze the whole layer"
+                )
+            if trained:
+                layers.append(trained)
+        return layers
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -83,21 +110,39 @@ class DiagonalNGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        if any(p.grad is not None and "fisher" not in self.state[p] for p in group_of) or not self._layers:
-            raise UsageError("DiagonalNGD has no Fisher information for this step: call update_fisher(network, images)")
+        if not all(p in self._squares for p in group_of if p.grad is not None):
+            raise UsageError(
+                "DiagonalNGD has no Fisher information for this step: call update_fisher(network, images) on each "
+                "batch before its step, with the network that holds all parameters of the optimizer"
+            )
+        self._renew_fisher(group_of)
         stepped: set[nn.Parameter] = set()  # a shared parameter steps with the first layer that owns it
         for layer in self._layers:
-            first = layer[0]
-            if first not in group_of:
-                continue
-            norm = (self.state[first]["fisher"] + group_of[first]["eps"]).reciprocal().norm()
+            norm = (self.state[layer[0]]["fisher"] + group_of[layer[0]]["eps"]).reciprocal().norm()
             for parameter in layer:
-                if parameter.grad is not None and parameter in group_of and parameter not in stepped:
+                if parameter.grad is not None and parameter not in stepped:
                     stepped.add(parameter)
                     group = group_of[parameter]
                     step = parameter.grad / (self.state[parameter]["fisher"] + group["eps"])
                     parameter.sub_(group["lr"] * step / norm)
+        self._start_batch()
         return loss
+
+    def _renew_fisher(self, group_of: dict[nn.Parameter, dict[str, Any]]) -> None:
+        """Take the batch since the last step into F."""
+        samples = torch.tensor(float(self._samples), device=next(iter(group_of)).device)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for tensor in (*self._squares.values(), samples):
+                torch.distributed.all_reduce(tensor)
+        for parameter, square in self._squares.items():
+            if parameter not in group_of:
+                continue
+            group, state = group_of[parameter], self.state[parameter]
+            estimate = group["fisher_scale"] * square / samples
+            if "fisher" in state:
+                state["fisher"].lerp_(estimate, group["decay"])
+            else:
+                state["fisher"] = estimate
 
 
 def mean_squared_gradients(
@@ -105,45 +150,39 @@ def mean_squared_gradients(
 ) -> dict[nn.Parameter, Tensor]:
     """Mean over samples of the squared gradient of -log p(label), labels drawn from the network's own softmax.
 
-    Right for any network whose samples do not interact. In several processes the mean is over all of them.
+    A sample's label is drawn in the same forward pass that is differentiated, so under dropout it comes from the
+    softmax of the same thinned network.
 
     Args:
-        network: maps images (N, ...) to logits (N, classes).
+        network: maps images (N, ...) to logits (N, classes); its samples must not interact.
         images: a batch.
-        generator: draws the labels; torch's default if not given.
+        generator: draws one uniform number u a sample, whose label is the first class k with
+            p_0 + ... + p_k > u; torch's default if not given.
 
     Returns:
-        By trainable parameter, the diagonal of its Fisher information in the parameter's shape.
+        By trainable parameter, the estimated diagonal of its Fisher information in the parameter's shape.
 
     Raises:
         UsageError: the network normalises over the batch, so that a sample has no gradient of its own.
     """
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            raise UsageError(f"layer {name!r} normalises over the batch: its samples have no gradients of their own")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise UsageError(
+                f"layer {name!r} normalises over the batch: its samples have no gradients of their own. Use LayerNorm, "
+                "or running statistics (eval())"
+            )
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     values = {name: p.detach() for name, p in parameters.items()}
-    with torch.no_grad():
-        labels = torch.multinomial(network(images).softmax(-1), 1, generator=generator)[:, 0]
 
-    def loss(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, values, (image[None],)), label[None])
+    def loss(values: dict[str, Tensor], image: Tensor, u: Tensor) -> Tensor:
+        logits = functional_call(network, values, (image[None],))  # (1, classes)
+        below = logits.detach().softmax(-1, dtype=torch.float32).cumsum(-1) <= u
+        return F.cross_entropy(logits, below[:, :-1].sum(-1))
 
     gradients = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
+    uniform = torch.rand(len(images), device=images.device, generator=generator)
     total = {name: torch.zeros_like(value) for name, value in values.items()}
-    for chunk in zip(images.split(CHUNK), labels.split(CHUNK), strict=True):
+    for chunk in zip(images.split(CHUNK), uniform.split(CHUNK), strict=True):
         for name, gradient in gradients(values, *chunk).items():
             total[name] += gradient.square().sum(0)
-    count = torch.tensor(float(len(images)), device=images.device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for tensor in (*total.values(), count):
-            torch.distributed.all_reduce(tensor)
-    return {parameters[name]: square / count for name, square in total.items()}
-
-
-def _layers(network: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
-    """Modules that own trainable parameters, and these in order."""
-    for module in network.modules():
-        parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if parameters:
-            yield module, parameters
+    return {parameters[name]: square / len(images) for name, square in total.items()}

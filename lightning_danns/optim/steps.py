@@ -75,6 +75,6 @@ def limit_clamping_(model: nn.Module, optimizer: Optimizer, epsilon: float, halv
                 break
         chosen[name] = 2.0**-k
         for parameter in layer.parameters(recurse=False):
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter in rate:  # not what another optimizer steps
                 parameter.grad.mul_(2.0**-k)
     return chosen
