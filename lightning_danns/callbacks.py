@@ -110,7 +110,7 @@ class LayerGradientClipping(_StepControl):
 class CosineStepControl(_StepControl):
     """Shortens each signed layer's step until clamping turns it by a cosine of at least 1 - ``epsilon``.
 
-    See `limit_clamping_`; for plain SGD.
+    See `limit_clamping_`; for plain SGD. List it after `LayerGradientClipping`, whose result it must see.
     """
 
     def __init__(self, epsilon: float, halvings: int = 10) -> None:

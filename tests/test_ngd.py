@@ -225,6 +225,14 @@ def test_under_dropout_labels_come_from_the_network_that_is_differentiated():
     assert all(bool((square > 0).any()) for square in mean_squared_gradients(model, torch.ones(200, 2)).values())
 
 
+def test_autocast_does_not_change_the_estimate():
+    model, images = network(2).float(), torch.rand(8, 7)
+    plain = mean_squared_gradients(model, images, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = mean_squared_gradients(model, images, torch.Generator().manual_seed(0))
+    assert all(torch.equal(plain[p], cast[p]) for p in model.parameters())
+
+
 def test_labels_are_drawn_with_the_probabilities_of_the_softmax():
     """With logits = bias, the squared gradient of b_k averages to the Fisher information p_k (1 - p_k)."""
     model = nn.Linear(1, 3).double()

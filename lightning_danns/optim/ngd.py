@@ -151,7 +151,8 @@ def mean_squared_gradients(
     """Mean over samples of the squared gradient of -log p(label), labels drawn from the network's own softmax.
 
     A sample's label is drawn in the same forward pass that is differentiated, so under dropout it comes from the
-    softmax of the same thinned network.
+    softmax of the same thinned network. Autocast is off meanwhile: gradients of single samples would vanish in half
+    precision, which scales only the loss of training.
 
     Args:
         network: maps images (N, ...) to logits (N, classes); its samples must not interact.
@@ -182,7 +183,8 @@ def mean_squared_gradients(
     gradients = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
     uniform = torch.rand(len(images), device=images.device, generator=generator)
     total = {name: torch.zeros_like(value) for name, value in values.items()}
-    for chunk in zip(images.split(CHUNK), uniform.split(CHUNK), strict=True):
-        for name, gradient in gradients(values, *chunk).items():
-            total[name] += gradient.square().sum(0)
+    with torch.autocast(images.device.type, enabled=False):
+        for chunk in zip(images.split(CHUNK), uniform.split(CHUNK), strict=True):
+            for name, gradient in gradients(values, *chunk).items():
+                total[name] += gradient.square().sum(0)
     return {parameters[name]: square / len(images) for name, square in total.items()}
