@@ -5,28 +5,38 @@ from typing import Any
 
 import pytorch_lightning as pl
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import project_, refuse_negative_inputs, sign_violations
-from lightning_danns.optim import clip_layers_, limit_clamping_, require_factors
+from lightning_danns.optim import check_cosine_rule, clip_layers_, limit_clamping_, require_factors
+
+_START = (
+    "the starting weights break Dale's principle: {}. Apply lightning_danns.project_(model), or start from weights "
+    "that were trained under it"
+)
+_TRAINED = (
+    "weights that must be >= 0 are not: {}. If they are nan, training has diverged: lower the learning rate. If they "
+    "are negative, something other than an optimizer wrote them: apply lightning_danns.project_(model) after it"
+)
 
 
 class DaleProjection(pl.Callback):
     """Clamps the weights that must be non-negative as the last act of every optimizer step.
 
-    The modules of this package attach it themselves; give it to the Trainer for other modules. It hooks into the
-    optimizers, so it acts once per step under gradient accumulation, mixed precision and manual optimization, and
+    The modules of this package attach it themselves; give it to the Trainer for other modules. During a fit it acts
+    after every step of every optimizer, also under gradient accumulation, mixed precision and manual optimization, so
     other callbacks, checkpoints and validation only ever see weights of the right sign. When a fit starts, it
     refuses starting weights of the wrong sign, and the first inputs of each layer if they are negative; before every
-    step, it refuses learning rates from which something has removed the factors.
-
-    An optimizer of your own that `configure_optimizers` does not return is out of its sight: call `project_`.
+    step, it refuses learning rates from which something has removed the factors. A NaN has no sign: it ends the fit
+    at the end of the epoch, and before a checkpoint is written.
 
     To project differently, subclass it and override `project`; the module then uses your instance.
 
     Raises:
-        UsageError: at the start of a fit, for negative weights or inputs; before a step, for lost factors.
+        UsageError: at the start of a fit, for negative weights or inputs; before a step, for lost factors; after an
+            epoch and before a checkpoint, for weights that are NaN or were made negative from outside.
     """
 
     def __init__(self) -> None:
@@ -37,26 +47,41 @@ class DaleProjection(pl.Callback):
         """Bring the weights back to their signs; runs after each optimizer step."""
         project_(pl_module)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refuse_violations(pl_module)
-        self._end_input_check = refuse_negative_inputs(pl_module)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+
+        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            # catches whatever sets rates from outside: StochasticWeightAveraging, finetuning, the Tuner, own callbacks
+            try:
+                require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
+            except UsageError:
+                self._remove_hooks()  # here too, because the Tuner swaps callbacks out and on_exception is not called
+                raise
 
         def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             self.project(pl_module)
 
-        def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-            # catches whatever sets rates from outside: StochasticWeightAveraging, finetuning, the Tuner, own callbacks
-            require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
+        # of all optimizers: a callback may replace those of the Trainer, manual optimization may have others
+        self._handles = [register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)]
 
-        for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(before_step))
-            self._handles.append(optimizer.register_step_post_hook(after_step))
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_violations(pl_module, _START)
+        self._end_input_check = refuse_negative_inputs(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # again: sharded strategies restore a checkpoint only after on_fit_start
-        self._refuse_violations(pl_module)
+        self._refuse_violations(pl_module, _START)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_violations(pl_module, _TRAINED)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._refuse_violations(pl_module, _TRAINED)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove_hooks()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -69,14 +94,11 @@ class DaleProjection(pl.Callback):
         self._handles = []
 
     @staticmethod
-    def _refuse_violations(pl_module: pl.LightningModule) -> None:
+    def _refuse_violations(pl_module: pl.LightningModule, text: str) -> None:
         violations = sign_violations(pl_module)
         if violations:
             listing = ", ".join(f"{name} (lowest value {low:.4g})" for name, low in violations.items())
-            raise UsageError(
-                f"the starting weights break Dale's principle: {listing}. Apply lightning_danns.project_(model), "
-                "or start from weights that were trained under it"
-            )
+            raise UsageError(text.format(listing))
 
 
 class _StepControl(pl.Callback):
@@ -114,8 +136,7 @@ class CosineStepControl(_StepControl):
     """
 
     def __init__(self, epsilon: float, halvings: int = 10) -> None:
-        if not 0 <= epsilon <= 1 or halvings < 0:
-            raise UsageError(f"epsilon={epsilon}, halvings={halvings}: epsilon from 0 to 1, halvings at least 0")
+        check_cosine_rule(epsilon, halvings)
         self.epsilon, self.halvings = epsilon, halvings
 
     def on_before_optimizer_step(

@@ -77,8 +77,8 @@ class ColumnEIMLP(ImageClassifier):
     ) -> None:
         super().__init__(**kwargs)
         self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, ColumnEIFamily(ratio))
-        # saved with the weights, so that a trained network is never centred again
-        self.register_buffer("centred", torch.tensor(False))
+        # saved with the weights, so that a trained network is never centred again; a float, which can be averaged
+        self.register_buffer("centred", torch.tensor(0.0))
         if pixel_mean is not None:
             self._centre_(pixel_mean)
 
@@ -101,7 +101,7 @@ class ColumnEIMLP(ImageClassifier):
 
     def _centre_(self, pixel_mean: float) -> None:
         self._first.centre_(pixel_mean)
-        self.centred.fill_(True)
+        self.centred.fill_(1)
 
 
 class DANNConvNet(ImageClassifier):

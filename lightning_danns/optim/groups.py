@@ -3,6 +3,7 @@
 The factors ask that a step in each kind of parameter changes the output distribution about equally.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -109,8 +110,29 @@ def _factors(model: nn.Module, correction: Correction | Mapping[str, float]) -> 
     return factors
 
 
+def group_of_parameters(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
+    """The group that each parameter is in."""
+    return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def scale_learning_rates_(optimizer: Optimizer) -> None:
-    """Multiply each group's learning rate by its ``lr_scale``. Call it once, before a scheduler is built."""
+    """Multiply each group's learning rate by its ``lr_scale``. Call it once, before a scheduler is built.
+
+    Raises:
+        UsageError: the groups have no learning rate, one that is not finite, or different ones, as after a first call.
+    """
+    name = type(optimizer).__name__
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise UsageError(f"{name} has no learning rate lr, which the learning-rate factors could scale")
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise UsageError(f"learning rate lr={max(rates)} of {name}: it must be finite and at least 0")
+    if len(rates) > 1:
+        raise UsageError(
+            f"learning rates of {name} from {min(rates):.4g} to {max(rates):.4g}: the groups must have one base rate, "
+            "to which the factors are applied once (by fisher_param_groups(lr=...), scale_learning_rates_ or "
+            "fisher_optimizer)"
+        )
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_scale"]  # not in place: groups may share one tensor
 
@@ -124,11 +146,13 @@ def fisher_optimizer(factory: Callable[[Groups], Optimizer], groups: Groups) -> 
     """
     try:
         optimizer = factory(groups)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(
             f"the optimizer refuses its settings: {error}. (The learning-rate factors need one that takes parameter "
             "groups, such as SGD or Adam, or correction='none'.)"
         ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"optimizer made a {type(optimizer).__name__}: give a torch optimizer such as SGD or Adam")
     if not all("lr_scale" in group for group in optimizer.param_groups):
         raise UsageError("the optimizer must be built of the parameter groups it is given, which hold the factors")
     scale_learning_rates_(optimizer)
@@ -154,7 +178,7 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
     rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in groups]
     (low, low_name), (high, high_name) = min(rates), max(rates)
     # below 1e-30 rates have decayed to nothing, and lose digits
-    if high - low > max(1e-6 * abs(high), 1e-30):
+    if not high - low <= max(1e-6 * abs(high), 1e-30):
         raise UsageError(
             f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in group "
             f"{low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "

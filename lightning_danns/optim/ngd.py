@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
+from lightning_danns.optim.groups import group_of_parameters
 
 CHUNK = 32
 """Samples whose gradients are held at once: their memory is that many times the network's."""
@@ -89,7 +90,7 @@ class DiagonalNGD(Optimizer):
 
     def _trained_layers(self, network: nn.Module) -> list[list[nn.Parameter]]:
         """The parameters of each layer that this optimizer trains, first the one that normalises its step."""
-        ours = {parameter for group in self.param_groups for parameter in group["params"] if parameter.requires_grad}
+        ours = {parameter for parameter in group_of_parameters(self) if parameter.requires_grad}
         layers = []
         for name, module in network.named_modules():
             own = dict(module.named_parameters(recurse=False))
@@ -109,7 +110,7 @@ class DiagonalNGD(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        group_of = group_of_parameters(self)
         if not all(p in self._squares for p in group_of if p.grad is not None):
             raise UsageError(
                 "DiagonalNGD has no Fisher information for this step: call update_fisher(network, images) on each "

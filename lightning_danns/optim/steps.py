@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers.dale import dale_layers
+from lightning_danns.optim.groups import group_of_parameters
 
 
 @torch.no_grad()
@@ -17,15 +18,22 @@ def clip_layers_(model: nn.Module, optimizer: Optimizer, max_norm: float) -> Non
     A layer is a module with parameters of its own; the norm is over all of them. For SGD this equals scaling the
     gradients by the factors, clipping each layer's norm, and stepping with one rate.
     """
-    scale = {p: group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
+    groups = group_of_parameters(optimizer)
     for module in model.modules():
-        scaled = {p: scale[p] for p in module.parameters(recurse=False) if p.grad is not None and p in scale}
+        own = [p for p in module.parameters(recurse=False) if p.grad is not None and p in groups]
+        scaled = {p: groups[p].get("lr_scale", 1.0) for p in own}
         if not scaled:
             continue
         norm = torch.stack([factor * p.grad.norm() for p, factor in scaled.items()]).norm()  # type: ignore[union-attr]
         shrink = (max_norm / (norm + 1e-6)).clamp(max=1)  # 1e-6 as in torch.nn.utils.clip_grad_norm_
         for parameter in scaled:
             parameter.grad.mul_(shrink)  # type: ignore[union-attr]
+
+
+def check_cosine_rule(epsilon: float, halvings: int) -> None:
+    """Refuse what `limit_clamping_` cannot use."""
+    if not 0 <= epsilon <= 1 or halvings < 0:
+        raise UsageError(f"epsilon={epsilon}, halvings={halvings}: epsilon must be from 0 to 1, halvings at least 0")
 
 
 @torch.no_grad()
@@ -49,32 +57,30 @@ def limit_clamping_(model: nn.Module, optimizer: Optimizer, epsilon: float, halv
     Raises:
         UsageError: another optimizer, momentum or weight decay; epsilon out of range.
     """
-    if not 0 <= epsilon <= 1 or halvings < 0:
-        raise UsageError(f"epsilon={epsilon}, halvings={halvings}: epsilon must be from 0 to 1, halvings at least 0")
-    groups = optimizer.param_groups
+    check_cosine_rule(epsilon, halvings)
     plain = ("momentum", "weight_decay", "maximize")
-    if not isinstance(optimizer, torch.optim.SGD) or any(group[option] for group in groups for option in plain):
+    if not isinstance(optimizer, torch.optim.SGD) or any(g[option] for g in optimizer.param_groups for option in plain):
         raise UsageError(
             f"the cosine rule predicts steps of plain SGD, not of {type(optimizer).__name__} with momentum, weight "
             "decay or other rules: use torch.optim.SGD with lr alone"
         )
-    rate = {p: group["lr"] for group in groups for p in group["params"]}
+    groups = group_of_parameters(optimizer)
     owners = Counter(p for _, layer in dale_layers(model) for p in layer.parameters(recurse=False))
     if any(count > 1 for count in owners.values()):
         raise UsageError("the cosine rule chooses one rate a layer, but two layers of this model share a parameter")
     chosen = {}
     for name, layer in dale_layers(model):
-        signed = [p for _, p in layer.nonnegative_parameters() if p.grad is not None and p in rate]
+        signed = [p for _, p in layer.nonnegative_parameters() if p.grad is not None and p in groups]
         if not signed:
             continue
         for k in range(halvings + 1):
-            after = [p - rate[p] / 2**k * p.grad for p in signed]
+            after = [p - groups[p]["lr"] / 2**k * p.grad for p in signed]
             length = sum(t.square().sum() for t in after)
             clamped = sum(t.clamp(min=0).square().sum() for t in after)
             if clamped >= (1 - epsilon) ** 2 * length:
                 break
         chosen[name] = 2.0**-k
         for parameter in layer.parameters(recurse=False):
-            if parameter.grad is not None and parameter in rate:  # not what another optimizer steps
+            if parameter.grad is not None and parameter in groups:  # not what another optimizer steps
                 parameter.grad.mul_(2.0**-k)
     return chosen
