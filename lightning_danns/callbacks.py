@@ -17,8 +17,9 @@ _START = (
     "that were trained under it"
 )
 _TRAINED = (
-    "weights that must be >= 0 are not: {}. If they are nan, training has diverged: lower the learning rate. If they "
-    "are negative, something other than an optimizer wrote them: apply lightning_danns.project_(model) after it"
+    "weights that must be >= 0 are not: {}. If they are nan, training has diverged (lower the learning rate) or the "
+    "data hold nan. If they are negative, something other than an optimizer wrote them: apply "
+    "lightning_danns.project_(model) after it"
 )
 
 
@@ -97,8 +98,8 @@ class DaleProjection(pl.Callback):
     def _refuse_violations(pl_module: pl.LightningModule, text: str) -> None:
         violations = sign_violations(pl_module)
         if violations:
-            listing = ", ".join(f"{name} (lowest value {low:.4g})" for name, low in violations.items())
-            raise UsageError(text.format(listing))
+            listing = [f"{name} (lowest value {low:.4g})" for name, low in violations.items()]
+            raise UsageError(text.format(", ".join([*listing[:3], *(["..."] if len(listing) > 3 else [])])))
 
 
 class _StepControl(pl.Callback):

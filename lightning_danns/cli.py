@@ -5,12 +5,15 @@ import difflib
 import inspect
 import os
 import re
+import shutil
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -21,6 +24,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # imported so that their classes answer to their short names
 from lightning_danns import data, modules
+from lightning_danns.data.files import write_arrays
 from lightning_danns.errors import UsageError
 
 # Two, because Lightning's save_last only copies what the best checkpoint saves. Both save after the epoch's metrics, so
@@ -41,10 +45,32 @@ def _from_data(attribute: str) -> Any:
             raise UsageError(
                 f"{type(datamodule).__name__} has no attribute {attribute!r}, which the model takes from its data"
             )
-        value = getattr(datamodule, attribute)
-        return list(value) if isinstance(value, tuple) else value
+        return _plain(getattr(datamodule, attribute))
 
     return read
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _default(model: type, argument: str) -> Any:
+    """The default of a constructor's argument, which may be a base class's and passed on."""
+    for cls in model.__mro__:
+        parameter = inspect.signature(cls).parameters.get(argument)
+        if parameter is not None:
+            return _plain(parameter.default)
+    return None
+
+
+FROM_DATA = {"input_shape": "image_shape", "num_classes": "num_classes"}
+"""Arguments of the model, and the attributes of the data module that they come from."""
+
+NOISE = re.compile(
+    r"\s*(- )?(Does not validate .*|Subtypes: .*|Errors:|Given value type: .*|Given value: (Namespace|NestedArg).*"
+    r"|Expected a <class 'NoneType'>.*|Expected a path but .*)?$"
+)
+"""Lines of jsonargparse that do not say what is wrong."""
 
 
 def _refuse_option(value: Any) -> Any:
@@ -69,7 +95,8 @@ class Parser(LightningArgumentParser):
             for name, value in vars(room).items():
                 if inspect.isclass(value) and issubclass(value, pl.LightningModule | pl.LightningDataModule):
                     known |= {name, *inspect.signature(value).parameters}
-        print(f"error: {message}", file=sys.stderr)
+        lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not NOISE.match(line)]
+        print(f"error: {' '.join(lines) or 'an empty config'}", file=sys.stderr)
         for unknown in re.findall(r"(?:ption '|path string: |: --|Key ')([\w.]+)", message):
             name = unknown.rsplit(".", 1)[-1]
             nearest = difflib.get_close_matches(name, known - {name}, n=1)
@@ -96,12 +123,18 @@ class CLI(LightningCLI):
         for name, defaults in CHECKPOINTS.items():
             parser.add_lightning_class_args(ModelCheckpoint, name)
             parser.set_defaults({f"{name}.{option}": value for option, value in defaults.items()})
-        for target, attribute in (("input_shape", "image_shape"), ("num_classes", "num_classes")):
+        for target, attribute in FROM_DATA.items():
             parser.link_arguments(
                 "data", f"model.init_args.{target}", compute_fn=_from_data(attribute), apply_on="instantiate"
             )
         for option in ("--optimizer", "--lr_scheduler"):
             parser.add_argument(option, type=_refuse_option, help="not available: use --model.optimizer")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"a config file is not text: {error}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint can be read. Lightning would also let its arguments override config and command
@@ -110,18 +143,22 @@ class CLI(LightningCLI):
         if self.config.subcommand != "fit" and config.ckpt_path in ("best", "last"):
             config.ckpt_path = os.path.join(config.run_dir or "", "checkpoints", f"{config.ckpt_path}.ckpt")
         path = config.ckpt_path
+        if path is None and self.config.subcommand != "fit":
+            print("warning: no --ckpt_path, so these are the weights that the model starts with", file=sys.stderr)
         if path is None or path in ("best", "last", "hpc", "registry") or "://" in path:
             return
         if not os.path.exists(path):
             raise UsageError(f"checkpoint {path} does not exist")
         if os.path.isfile(path):  # sharded checkpoints are folders
             try:
-                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:
                 raise UsageError(
                     f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged, or holds more than "
                     "weights and plain values"
                 ) from error
+            if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+                raise UsageError(f"{path} is no checkpoint of a Lightning module: it lacks state_dict or version")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -138,16 +175,34 @@ class CLI(LightningCLI):
         if config.trainer.default_root_dir is None:  # not written into the config, which may start another run
             kwargs["default_root_dir"] = str(self.folder)
         if config.trainer.logger in (None, True):
-            keep_earlier(self.folder / "metrics.csv")
             folder = str(self.folder)
             loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")]
             kwargs["logger"] = loggers if self.subcommand == "fit" else loggers[:1]
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # an unknown accelerator or strategy
+        except TypeError as error:  # devices that are not a number
             raise UsageError(str(error)) from error
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        given = self.config[self.subcommand].model.get("init_args", {})
+        for argument, attribute in FROM_DATA.items():
+            value, theirs = given.get(argument), getattr(self.datamodule, attribute)
+            if value is not None and value not in (_default(type(self.model), argument), _plain(theirs)):
+                raise UsageError(
+                    f"{argument}={value}, but {type(self.datamodule).__name__} has {attribute}={theirs}: leave it out, "
+                    "the model takes it from its data"
+                )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with undone_if_refused(self.folder):
+            if self.config_init[subcommand].trainer.logger in (None, True):
+                keep_earlier(self.folder / "metrics.csv")
+            super()._run_subcommand(subcommand)
+
     def after_fit(self) -> None:
+        if self.trainer.global_step == 0:
+            raise UsageError("nothing was trained: max_epochs, max_steps and limit_train_batches must be above 0")
         paths = [callback.best_model_path for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
         self._print_summary([_short(path) for path in paths if os.path.exists(path)])
 
@@ -164,10 +219,9 @@ class CLI(LightningCLI):
         batches = self.trainer.predict_loop.predictions
         if not batches:
             raise UsageError("there is nothing to write: predict needs at least one batch, and return_predictions")
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "predictions.npz"
         probabilities = torch.cat(batches).float().numpy()
-        np.savez(path, probabilities=probabilities, predicted=probabilities.argmax(-1))
+        write_arrays(path, {"probabilities": probabilities, "predicted": probabilities.argmax(-1)})
         print(f"\npredictions of {len(probabilities)} images: {path}")
 
     @rank_zero_only
@@ -196,6 +250,30 @@ def refuse_used_folder(folder: Path) -> None:
             f"run folder {folder} holds the checkpoints of an earlier fit: continue that one with --ckpt_path last, "
             "or choose another --run_dir"
         )
+
+
+@contextmanager
+def undone_if_refused(folder: Path) -> Iterator[None]:
+    """Leave ``folder`` as it was if a command ends in a user's mistake before it has saved a checkpoint."""
+
+    def checkpoints() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*.ckpt")}
+
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    saved, files = checkpoints(), set(folder.glob("*"))
+    contents = {path: path.read_bytes() for path in files if path.suffix in (".csv", ".yaml")}
+    try:
+        yield
+    except Exception as error:
+        if _is_rank_zero() and _mistake(error) is not None and checkpoints() == saved:
+            for path in set(folder.glob("*")) - files:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path, content in contents.items():
+                path.write_bytes(content)
+            with suppress(OSError):  # another run has written there
+                for path in missing:
+                    path.rmdir()
+        raise
 
 
 def keep_earlier(path: Path) -> None:
@@ -239,7 +317,19 @@ def main(args: ArgsType = None) -> CLI:
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:
-    """The user's mistake that ``error`` is or was raised from, if any; jsonargparse wraps what constructors raise."""
-    while error is not None and not isinstance(error, UsageError | MisconfigurationException):
+    """The user's mistake that ``error`` is or was raised from, if any; jsonargparse wraps what constructors raise.
+
+    A mistake is a `UsageError`, a value that Lightning refuses, or a file that cannot be read or written.
+    """
+    while error is not None and not (isinstance(error, UsageError | OSError) or _refused_by_lightning(error)):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _refused_by_lightning(error: BaseException) -> bool:
+    """Whether it is a MisconfigurationException, or a ValueError that Lightning raised itself, as it often does."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return isinstance(error, MisconfigurationException) or (
+        isinstance(error, ValueError) and raised_in.startswith(("pytorch_lightning.", "lightning_fabric."))
+    )

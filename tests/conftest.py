@@ -8,6 +8,9 @@ import torch
 
 torch.set_num_threads(1)
 
+SMALL = ["--model", "DANNMLP", "--model.hidden_sizes=[12]", "--data", "MNISTDataModule", "--data.val_size=50"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
 
 @pytest.fixture(scope="session")
 def reference():

@@ -47,7 +47,7 @@ def torchvision_arrays(name: str, path: Path) -> Arrays:
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
-    """Write the data file; an interrupted write leaves no file behind."""
+    """Write an .npz file; an interrupted write leaves no file behind."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -58,7 +58,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write the data file {path}: {error}. Choose another data_dir") from error
+        raise UsageError(f"cannot write {path}: {error}. Choose another folder") from error
 
 
 def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Tensor]:

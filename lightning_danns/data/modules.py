@@ -69,17 +69,21 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
 class ImageDataModule(pl.LightningDataModule):
     """Loads ``data_dir/NAME.npz``, splits its training images by seed and class, and serves batches.
 
-    A subclass names a data set by three class attributes and overrides `fetch` if it can be had automatically:
+    A subclass names a data set by three class attributes, and names its torchvision class or overrides `fetch` if it
+    can be had automatically:
 
     Attributes:
         dataset: the file's name, without ``.npz``.
         image_shape: (channels, height, width) of one image.
         num_classes: number of classes.
+        torchvision_name: its class in torchvision.datasets, if there is one.
+        default_val_size: ``val_size`` if not given.
 
     Args:
         data_dir: folder of the data file.
         batch_size: images per batch and process.
-        val_size: how many training images to hold out for validation; 0 trains on all of them.
+        val_size: how many training images to hold out for validation (10 000 if the data set has no other default);
+            0 trains on all of them.
         split_seed: seed of that split, independent of the seed of training.
         num_workers: processes that prepare batches; 0 is fastest here unless the transform is slow.
 
@@ -91,20 +95,26 @@ class ImageDataModule(pl.LightningDataModule):
     dataset: ClassVar[str]
     image_shape: ClassVar[tuple[int, int, int]]
     num_classes: ClassVar[int]
+    torchvision_name: ClassVar[str | None] = None
+    default_val_size: ClassVar[int] = 10_000
 
     def __init__(
         self,
         data_dir: str = "data",
         batch_size: int = 32,
-        val_size: int = 10_000,
+        val_size: int | None = None,
         split_seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if val_size is None:
+            val_size = self.default_val_size
         if batch_size < 1:
             raise UsageError(f"batch_size={batch_size}: it must be at least 1")
         if val_size < 0:
             raise UsageError(f"val_size={val_size}: give the number of images to hold out, 0 to hold out none")
+        if not 0 <= split_seed < 2**63:
+            raise UsageError(f"split_seed={split_seed}: it must be from 0 to 2^63 - 1")
         if num_workers < 0:
             raise UsageError(f"num_workers={num_workers}: it must be 0 (no extra process) or more")
         self.save_hyperparameters()
@@ -121,6 +131,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     def fetch(self) -> Arrays:
         """Make the four arrays of the data file from a source that this machine can reach."""
+        if self.torchvision_name is not None:
+            return torchvision_arrays(self.torchvision_name, self.path)
         raise UsageError(f"{self.path} does not exist, and {type(self).__name__} cannot download it: put it there")
 
     def augmentation(self) -> Callable[[Tensor], Tensor] | None:
@@ -186,65 +198,46 @@ def _loaded(dataset: ImageDataset | None) -> ImageDataset:
 class MNISTDataModule(ImageDataModule):
     """MNIST: 60 000 training and 10 000 test images of handwritten digits, 28 x 28 (LeCun et al. 1998)."""
 
-    dataset = "mnist"
+    dataset, torchvision_name = "mnist", "MNIST"
     image_shape = (1, 28, 28)
     num_classes = 10
-
-    def fetch(self) -> Arrays:
-        return torchvision_arrays("MNIST", self.path)
 
 
 class FashionMNISTDataModule(ImageDataModule):
     """Fashion-MNIST: 60 000 training and 10 000 test images of clothes, 28 x 28 (Xiao et al. 2017)."""
 
-    dataset = "fashion_mnist"
+    dataset, torchvision_name = "fashion_mnist", "FashionMNIST"
     image_shape = (1, 28, 28)
     num_classes = 10
-
-    def fetch(self) -> Arrays:
-        return torchvision_arrays("FashionMNIST", self.path)
 
 
 class KMNISTDataModule(ImageDataModule):
     """Kuzushiji-MNIST: 60 000 training and 10 000 test images of cursive kana, 28 x 28 (Clanuwat et al. 2018)."""
 
-    dataset = "kmnist"
+    dataset, torchvision_name = "kmnist", "KMNIST"
     image_shape = (1, 28, 28)
     num_classes = 10
-
-    def fetch(self) -> Arrays:
-        return torchvision_arrays("KMNIST", self.path)
 
 
 class CIFAR10DataModule(ImageDataModule):
     """CIFAR-10: 50 000 training and 10 000 test photographs, 32 x 32 in colour (Krizhevsky 2009).
 
     Args:
-        data_dir, batch_size, val_size, split_seed, num_workers: see `ImageDataModule`.
         augment: whether training images are shifted and mirrored at random (`crop_and_flip`).
+        kwargs: see `ImageDataModule`; ``val_size`` is 5 000 if not given.
     """
 
-    dataset = "cifar10"
+    dataset, torchvision_name = "cifar10", "CIFAR10"
     image_shape = (3, 32, 32)
     num_classes = 10
+    default_val_size = 5_000
 
-    def __init__(
-        self,
-        data_dir: str = "data",
-        batch_size: int = 32,
-        val_size: int = 5_000,
-        split_seed: int = 0,
-        num_workers: int = 0,
-        augment: bool = False,
-    ) -> None:
-        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers)
+    def __init__(self, *args: Any, augment: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.augment = augment
 
     def augmentation(self) -> Callable[[Tensor], Tensor] | None:
         return crop_and_flip if self.augment else None
-
-    def fetch(self) -> Arrays:
-        return torchvision_arrays("CIFAR10", self.path)
 
 
 class MNIST5kDataModule(ImageDataModule):
@@ -256,16 +249,7 @@ class MNIST5kDataModule(ImageDataModule):
     dataset = "mnist5k"
     image_shape = (1, 28, 28)
     num_classes = 10
-
-    def __init__(
-        self,
-        data_dir: str = "data",
-        batch_size: int = 32,
-        val_size: int = 500,
-        split_seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers)
+    default_val_size = 500
 
     def fetch(self) -> Arrays:
         try:
