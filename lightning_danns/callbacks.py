@@ -51,6 +51,7 @@ class DaleProjection(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._remove_hooks()
 
         def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             # catches whatever sets rates from outside: StochasticWeightAveraging, finetuning, the Tuner, own callbacks

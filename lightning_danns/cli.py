@@ -321,9 +321,12 @@ def _mistake(error: BaseException | None) -> BaseException | None:
 
     A mistake is a `UsageError`, a value that Lightning refuses, or a file that cannot be read or written.
     """
-    while error is not None and not (isinstance(error, UsageError | OSError) or _refused_by_lightning(error)):
-        error = error.__cause__ or error.__context__
-    return error
+    if error is None or isinstance(error, UsageError | OSError) or _refused_by_lightning(error):
+        return error
+    if error.__cause__ is not None:
+        return _mistake(error.__cause__)
+    context = _mistake(error.__context__)  # which may have been dealt with, unless it was ours
+    return context if isinstance(context, UsageError) else None
 
 
 def _refused_by_lightning(error: BaseException) -> bool:

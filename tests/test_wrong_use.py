@@ -168,7 +168,7 @@ COMMANDS = {
     "classes of other data": (options("--model.num_classes=3"), "num_classes=3, but MNISTDataModule has"),
     "batch_size 0": (options("--data.batch_size=0"), "batch_size=0"),
     "half a batch": (options("--data.batch_size=1.5"), "Got value: 1.5"),
-    "val_size is no number": (options("--data.val_size=many"), "val_size\": Expected a <class 'int'> Given value: many"),
+    "val_size is no number": (options("--data.val_size=many"), "Expected a <class 'int'> Given value: many"),
     "val_size of all": (options("--data.val_size=200"), "val_size=200 leaves nothing"),
     "seed is no number": (options("--seed_everything=x"), "Given value: x"),
     "negative seed": (options("--seed_everything=-1"), "-1 is not in bounds"),
@@ -208,7 +208,7 @@ COMMANDS = {
         options("--trainer.callbacks+=LayerGradientClipping", "--trainer.callbacks.max_norm=0"), "max_norm=0"
     ),
     # data
-    "data below a file": (options("--data.data_dir=data/mnist.npz/x"), "mnist.npz"),
+    "data below a file": (options("--data.data_dir=good.ckpt/x"), "cannot make the folder good.ckpt/x"),
     "labels beyond the classes": (options("--data=own.ThreeClasses"), "labels from 0 to 9; they must lie from 0 to 2"),
     "normalised images": (options("--data=own.Normalised"), "an input of -0.4242"),
     "images with nan": (options("--data=own.Holes"), "or the data hold nan"),
@@ -254,9 +254,7 @@ def test_a_wrong_command_is_refused_in_a_few_lines_and_leaves_nothing_behind(nam
     assert stopped.value.code == 2
     assert message in error
     assert "Traceback" not in error
-    errors = [line for line in error.splitlines() if line.startswith(("error: ", "did you mean", "all options"))]
-    assert errors[0].startswith("error: ")
-    assert len(errors) <= 4
+    assert len(error[error.index("error: ") :].splitlines()) <= 3
     assert tree(workplace) == before
 
 
@@ -295,15 +293,16 @@ def test_real_processes_end_with_status_2_and_no_traceback(workplace):
     assert tree(workplace) == before
 
 
-def test_a_programming_error_keeps_its_traceback(workplace):
-    (workplace / "faulty.py").write_text(
+@pytest.mark.parametrize("fault", ["raise ValueError('a fault')", "try: open('none')\n        except OSError: 1 / 0"])
+def test_a_programming_error_keeps_its_traceback(fault, workplace):
+    (workplace / f"faulty{len(fault)}.py").write_text(
         "from lightning_danns import MNISTDataModule\n"
         "class Faulty(MNISTDataModule):\n"
         "    def prepare_data(self):\n"
-        "        raise ValueError('a fault of its own')\n"
+        f"        {fault}\n"
     )
-    with pytest.raises(ValueError, match="a fault of its own"):
-        cli.main(options("--data=faulty.Faulty"))
+    with pytest.raises((ValueError, ZeroDivisionError), match=r"a fault|division"):
+        cli.main(options(f"--data=faulty{len(fault)}.Faulty"))
 
 
 def test_testing_without_a_checkpoint_says_so(workplace, capsys):
@@ -410,7 +409,7 @@ CALLS = {
     "data, num_workers": (lambda: MNISTDataModule(num_workers=-1), "num_workers=-1"),
     "data, missing": (lambda: read_arrays(Path("no.npz"), (1, 28, 28), 10), "no.npz does not exist"),
     "data, too early": (lambda: MNISTDataModule().train_dataloader(), r"call prepare_data\(\) and setup\(\)"),
-    "data, below a file": (lambda: write_arrays(Path("/dev/null/x.npz"), {}), "cannot write /dev/null/x.npz"),
+    "data, below a file": (lambda: write_arrays(Path("/dev/null/x.npz"), {}), "cannot make the folder /dev/null"),
     "factors, correction": (lambda: fisher_param_groups(LAYER, "fischer"), "'fischer'"),
     "factors, nothing to train": (lambda: fisher_param_groups(torch.nn.ReLU()), "no trainable parameter"),
     "factors, unknown": (lambda: fisher_param_groups(Unknown()), r"Unknown.lr_factors\(\) names 'W'"),

@@ -40,16 +40,25 @@ def torchvision_arrays(name: str, path: Path) -> Arrays:
                 "y_test": np.asarray(test.targets),
             }
     except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError
+        reason = " ".join(str(error).split())
         raise UsageError(
-            f"{name} could not be downloaded ({error}). On a machine without internet, put the file {path} there "
+            f"{name} could not be downloaded ({reason}). On a machine without internet, put the file {path} there "
             f"by hand: uint8 images and labels as {', '.join(KEYS)} (the layout of Keras's mnist.npz)"
         ) from error
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder ``path`` if it does not exist."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {path}: {error}. Choose another one") from error
+
+
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an .npz file; an interrupted write leaves no file behind."""
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with open(partial, "wb") as file:

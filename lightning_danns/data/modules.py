@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_danns.data.files import Arrays, read_arrays, torchvision_arrays, write_arrays
+from lightning_danns.data.files import Arrays, make_folder, read_arrays, torchvision_arrays, write_arrays
 from lightning_danns.errors import UsageError
 
 
@@ -142,6 +142,7 @@ class ImageDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Make the data file if it does not exist; Lightning calls this in one process only."""
         if not self.path.exists():
+            make_folder(self.path.parent)  # first, because to fetch may take minutes
             write_arrays(self.path, self.fetch())
 
     def setup(self, stage: str | None = None) -> None:
