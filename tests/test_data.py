@@ -217,6 +217,12 @@ def test_each_data_set_comes_from_its_own_source(tmp_path, monkeypatch, module_c
     assert module.train_set.images.shape == (20, *module.image_shape)
 
 
+def test_each_data_set_has_its_own_default_of_held_out_images():
+    defaults = {MNISTDataModule: 10_000, KMNISTDataModule: 10_000, CIFAR10DataModule: 5_000, MNIST5kDataModule: 500}
+    assert {module: module().val_size for module in defaults} == defaults
+    assert CIFAR10DataModule(val_size=7).hparams.val_size == 7
+
+
 def test_mean_pixel_is_that_of_the_training_images(data_dir):
     module = MNISTDataModule(str(data_dir), val_size=50)
     with pytest.raises(UsageError, match="not loaded"):

@@ -44,8 +44,9 @@ TEST = ["test", *SMALL, *QUIET, "--run_dir=run"]
 RESUME = ["fit", "--config=done/config.yaml", "--ckpt_path=last"]
 
 OWN = """
+import pytorch_lightning as pl
 import torch
-from lightning_danns import MNISTDataModule
+from lightning_danns import MNISTDataModule, UsageError
 from lightning_danns.data import ImageDataset
 
 class ThreeClasses(MNISTDataModule):
@@ -71,6 +72,11 @@ class Punched(ImageDataset):
     def __getitems__(self, indices):
         images, labels = super().__getitems__(indices)
         return images.masked_fill(images == images.max(), float("nan")), labels
+
+class Late(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise UsageError("late")
 
 class NoRate(torch.optim.Optimizer):
     def __init__(self, params, speed: float = 1.0):
@@ -256,6 +262,13 @@ def test_a_wrong_command_is_refused_in_a_few_lines_and_leaves_nothing_behind(nam
     assert "Traceback" not in error
     assert len(error[error.index("error: ") :].splitlines()) <= 3
     assert tree(workplace) == before
+
+
+def test_a_fit_that_is_refused_after_its_first_checkpoint_keeps_what_it_has(workplace):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(options("--trainer.max_epochs=3", "--trainer.callbacks+=own.Late"))
+    assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in Path("run").iterdir()}
+    assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 0
 
 
 @pytest.mark.parametrize("command", ["fit", "resume", "predict"])
