@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
@@ -140,12 +141,18 @@ class CLI(LightningCLI):
         """Check that the checkpoint can be read. Lightning would also let its arguments override config and command
         line; here the config rules, and a checkpoint of another network is refused."""
         config = self.config[self.config.subcommand]
-        if self.config.subcommand != "fit" and config.ckpt_path in ("best", "last"):
-            config.ckpt_path = os.path.join(config.run_dir or "", "checkpoints", f"{config.ckpt_path}.ckpt")
+        if config.weights_only is None:
+            config.weights_only = True  # Lightning would unpickle anything that comes from an http address
         path = config.ckpt_path
+        if path in ("best", "last"):
+            path = os.path.join(config.run_dir or "", "checkpoints", f"{path}.ckpt")
+            if self.config.subcommand != "fit":
+                config.ckpt_path = path
+            elif not os.path.exists(path):
+                return  # a first start, or Lightning finds another
         if path is None and self.config.subcommand != "fit":
             print("warning: no --ckpt_path, so these are the weights that the model starts with", file=sys.stderr)
-        if path is None or path in ("best", "last", "hpc", "registry") or "://" in path:
+        if path is None or path in ("hpc", "registry") or "://" in path:
             return
         if not os.path.exists(path):
             raise UsageError(f"checkpoint {path} does not exist")
@@ -321,7 +328,7 @@ def _mistake(error: BaseException | None) -> BaseException | None:
 
     A mistake is a `UsageError`, a value that Lightning refuses, or a file that cannot be read or written.
     """
-    if error is None or isinstance(error, UsageError | OSError) or _refused_by_lightning(error):
+    if error is None or isinstance(error, UsageError | OSError | UnpicklingError) or _refused_by_lightning(error):
         return error
     if error.__cause__ is not None:
         return _mistake(error.__cause__)

@@ -7,6 +7,8 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,10 @@ def materials(tmp_path_factory):
     (folder / "good.ckpt").write_bytes(content)
     (folder / "half.ckpt").write_bytes(content[: len(content) // 2])
     (folder / "empty.ckpt").write_bytes(b"")
+    shutil.copytree(folder / "done", folder / "halved")
+    text = (folder / "done" / "config.yaml").read_text()
+    (folder / "halved" / "config.yaml").write_text(text.replace("run_dir: done", "run_dir: halved"))
+    shutil.copy(folder / "half.ckpt", folder / "halved" / "checkpoints" / "last.ckpt")
     (folder / "pickle.ckpt").write_bytes(pickle.dumps(Payload()))
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2", "callbacks": Payload()}, folder / "payload.ckpt")
     torch.save(DANNMLP(hidden_sizes=[12]).state_dict(), folder / "weights.ckpt")
@@ -236,6 +242,7 @@ COMMANDS = {
     "resumed without factors": ([*RESUME, "--model.correction=none"], "7 groups there, 1 here"),
     "resumed with factors": (options("--ckpt_path=uncorrected.ckpt"), "1 groups there, 7 here"),
     "resumed with Adam": ([*RESUME, "--model.optimizer=Adam"], "another optimizer, which has no amsgrad, betas"),
+    "resumed from half": (["fit", "--config=halved/config.yaml", "--ckpt_path=last"], "last.ckpt cannot be read"),
     "resumed on nothing": ([*RESUME, "--trainer.accelerator=quantum"], "quantum"),
     # output
     "used folder": (["fit", "--config=done/config.yaml"], "holds the checkpoints of an earlier fit"),
@@ -321,6 +328,18 @@ def test_a_programming_error_keeps_its_traceback(fault, workplace):
 def test_testing_without_a_checkpoint_says_so(workplace, capsys):
     cli.main(TEST)
     assert "warning: no --ckpt_path" in capsys.readouterr().err
+
+
+def test_a_payload_from_the_network_is_not_executed(workplace, capsys):
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=workplace)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        before = tree(workplace)
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(options(f"--ckpt_path=http://127.0.0.1:{server.server_port}/payload.ckpt"))
+        server.shutdown()
+    assert "error: Weights only load failed" in capsys.readouterr().err
+    assert tree(workplace) == before
 
 
 def test_payloads_are_real_and_safe_loading_runs_none(workplace):
