@@ -152,9 +152,11 @@ def test_lbfgs_is_refused_with_the_way_out(model):
 def test_rates_changed_from_outside_are_refused(model):
     optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
     require_factors(optimizer, "nobody")
-    optimizer.param_groups[1]["lr"] = 0.1
-    with pytest.raises(UsageError, match=r"^a callback set learning rates"):
-        require_factors(optimizer, "a callback")
+    for group, rate in ((1, 0.1), (0, math.nan), (2, math.nan), (6, math.inf)):
+        optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
+        optimizer.param_groups[group]["lr"] = rate
+        with pytest.raises(UsageError, match=r"^a callback set learning rates"):
+            require_factors(optimizer, "a callback")
 
 
 def test_a_tensor_rate_shared_by_the_groups_is_scaled_for_each(model):

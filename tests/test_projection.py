@@ -106,6 +106,9 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception(batches, make_train
         else:
             with pytest.raises(context, match="stop"):
                 trainer.fit(model, batches)
+        own = DaleProjection()
+        for hook in (own.setup, own.setup, own.teardown):  # the first fit broke down where no callback is told
+            hook(trainer, model, "fit")
         assert not torch_optimizer._global_optimizer_post_hooks
         assert not torch_optimizer._global_optimizer_pre_hooks
         assert not any(module._forward_pre_hooks for module in model.modules())

@@ -209,7 +209,6 @@ COMMANDS = {
     "device is no number": (options("--trainer.devices=two"), "`devices` selected with `CPUAccelerator`"),
     "unknown strategy": (options("--trainer.strategy=dpp"), "strategy='dpp'"),
     "unknown precision": (options("--trainer.precision=12"), "Given value: 12"),
-    "float16": (options("--trainer.precision=16-true"), "use bfloat16"),
     "no batches": (options("--trainer.limit_train_batches=0"), "nothing was trained"),
     "no epochs": (options("--trainer.max_epochs=0"), "nothing was trained"),
     "half a batch more": (options("--trainer.limit_train_batches=1.5"), "1.5 for limit_train_batches"),

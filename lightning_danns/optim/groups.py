@@ -176,14 +176,15 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
             "fisher_param_groups(layer, lr=...)"
         )
     rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in groups]
-    (low, low_name), (high, high_name) = min(rates), max(rates)
-    # below 1e-30 rates have decayed to nothing, and lose digits
-    if not high - low <= max(1e-6 * abs(high), 1e-30):
-        raise UsageError(
-            f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in group "
-            f"{low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
-            f"({KEEPS_RATIOS}), or correction='none'"
-        )
+    high, high_name = max(rates)
+    for low, low_name in sorted(rates):
+        # below 1e-30 rates have decayed to nothing, and lose digits; a NaN is equal to none
+        if not high - low <= max(1e-6 * abs(high), 1e-30):
+            raise UsageError(
+                f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in group "
+                f"{low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
+                f"({KEEPS_RATIOS}), or correction='none'"
+            )
 
 
 def rehearse_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer, steps: int = 1000) -> None:
