@@ -5,7 +5,6 @@ import difflib
 import inspect
 import os
 import re
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -219,10 +218,12 @@ class CLI(LightningCLI):
     def after_test(self) -> None:
         self._print_summary([])
 
-    def after_predict(self) -> None:
-        """Write the probabilities of every class for every image, in the order of the data set."""
+    def before_predict(self) -> None:
         if self.trainer.world_size > 1:
             raise UsageError("predict writes one file: run it with --trainer.devices=1")
+
+    def after_predict(self) -> None:
+        """Write the probabilities of every class for every image, in the order of the data set."""
         batches = self.trainer.predict_loop.predictions
         if not batches:
             raise UsageError("there is nothing to write: predict needs at least one batch, and return_predictions")
@@ -266,19 +267,22 @@ def undone_if_refused(folder: Path) -> Iterator[None]:
     def checkpoints() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in folder.rglob("*.ckpt")}
 
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    saved, files = checkpoints(), set(folder.glob("*"))
-    contents = {path: path.read_bytes() for path in files if path.suffix in (".csv", ".yaml")}
+    def logs() -> set[Path]:
+        return {path for kind in ("*.csv", "*.yaml", "events.out.tfevents.*") for path in folder.glob(kind)}
+
+    missing = [path for path in (folder / "checkpoints", folder, *folder.parents) if not path.exists()]
+    saved, before = checkpoints(), logs()
+    contents = {path: path.read_bytes() for path in before if path.suffix in (".csv", ".yaml")}
     try:
         yield
     except Exception as error:
         if _is_rank_zero() and _mistake(error) is not None and checkpoints() == saved:
-            for path in set(folder.glob("*")) - files:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for path in logs() - before:
+                path.unlink()
             for path, content in contents.items():
                 path.write_bytes(content)
-            with suppress(OSError):  # another run has written there
-                for path in missing:
+            for path in missing:
+                with suppress(OSError):  # somebody else has written there
                     path.rmdir()
         raise
 

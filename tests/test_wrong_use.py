@@ -248,6 +248,7 @@ COMMANDS = {
     "run below a file": (options("--run_dir=good.ckpt/run"), "good.ckpt"),
     "run is a file": (options("--run_dir=good.ckpt"), "good.ckpt"),
     "run where nothing can be written": (options("--run_dir=/proc/run"), "/proc/run"),
+    "predictions of two processes": (["predict", *TEST[1:], "--trainer.devices=2"], "--trainer.devices=1"),
     "nothing to predict": (
         ["predict", *TEST[1:], "--ckpt_path=good.ckpt", "--trainer.limit_predict_batches=0"], "nothing to write"
     ),
@@ -275,6 +276,20 @@ def test_a_fit_that_is_refused_after_its_first_checkpoint_keeps_what_it_has(work
         cli.main(options("--trainer.max_epochs=3", "--trainer.callbacks+=own.Late"))
     assert {"config.yaml", "metrics.csv", "checkpoints"} <= {path.name for path in Path("run").iterdir()}
     assert torch.load("run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 0
+
+
+def test_what_others_write_meanwhile_stays(workplace):
+    (workplace / "meanwhile.py").write_text(
+        "import pathlib\n"
+        "from lightning_danns import MNISTDataModule, UsageError\n"
+        "class Meanwhile(MNISTDataModule):\n"
+        "    def setup(self, stage=None):\n"
+        "        pathlib.Path('run/other').mkdir(parents=True)\n"
+        "        raise UsageError('refused')\n"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(options("--data=meanwhile.Meanwhile"))
+    assert [path.name for path in Path("run").iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize("command", ["fit", "resume", "predict"])
