@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -185,9 +185,11 @@ class CLI(LightningCLI):
             loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")]
             kwargs["logger"] = loggers if self.subcommand == "fit" else loggers[:1]
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # devices that are not a number
             raise UsageError(str(error)) from error
+        _redraw_seldom(trainer.callbacks, config.trainer.callbacks or [])  # type: ignore[attr-defined]
+        return trainer
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -242,6 +244,13 @@ class CLI(LightningCLI):
         if checkpoints:
             config = self.folder / "config.yaml"
             print(f"test them:  python {sys.argv[0]} test --config {config} --ckpt_path {checkpoints[0]}")
+
+
+def _redraw_seldom(callbacks: list[pl.Callback], configured: list[pl.Callback]) -> None:
+    """Let the Trainer's own progress bar redraw every 20 batches; each time takes as long as a tenth of a step."""
+    for index, bar in enumerate(callbacks):
+        if isinstance(bar, TQDMProgressBar | RichProgressBar) and bar not in configured:
+            callbacks[index] = type(bar)(refresh_rate=20)
 
 
 def _short(path: str) -> str:

@@ -138,3 +138,12 @@ def test_debug_runs_leave_no_checkpoint_behind(run, data_dir):
     output = fit(run, "--trainer.fast_dev_run=true")
     assert not list(data_dir.glob("run/**/*.ckpt"))
     assert "weights" not in output
+
+
+def test_only_the_trainers_own_progress_bar_is_redrawn_seldom():
+    from pytorch_lightning.callbacks import TQDMProgressBar
+
+    own, asked_for = [TQDMProgressBar()], [TQDMProgressBar(refresh_rate=3)]
+    cli._redraw_seldom(own, [])
+    cli._redraw_seldom(asked_for, list(asked_for))
+    assert (own[0].refresh_rate, asked_for[0].refresh_rate) == (20, 3)

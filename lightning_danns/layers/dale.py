@@ -79,10 +79,10 @@ def project_(model: nn.Module) -> None:
 
     `DaleProjection` does this for Lightning; this function is for your own training loop.
     """
-    for module in model.modules():
-        if isinstance(module, DaleModule):
-            for _, parameter in module.nonnegative_parameters():
-                parameter.clamp_(min=0)
+    layers = (module for module in model.modules() if isinstance(module, DaleModule))
+    signed: list[Tensor] = [parameter for layer in layers for _, parameter in layer.nonnegative_parameters()]
+    if signed:
+        torch._foreach_clamp_min_(signed, 0)  # all at once, as torch's optimizers step
 
 
 def sign_violations(model: nn.Module) -> dict[str, float]:

@@ -7,11 +7,15 @@
 
 Weights are W_post,pre with shape (post, pre). ``ne`` excitatory units, ``ni`` interneurons, ``d`` inputs per unit.
 Source: Cornford et al., *Learning to live with Dale's principle*, ICLR 2021.
+
+`DANN.components` computes these equations as they stand. Each layer's ``forward`` computes the same z in the order
+of operations that is fastest for it.
 """
 
 import math
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +35,27 @@ EPS = 1e-8
 """Added to gamma, so that a unit without any inhibition does not divide by zero."""
 
 
+def eps_for(drive: Tensor) -> float:
+    """EPS, or the smallest normal number of the drive's format if that is larger (6e-5 in float16).
+
+    Gradients of drives go back through their format, and float16 cannot hold what a division by 1e-8 gives.
+    """
+    return max(EPS, torch.finfo(drive.dtype).tiny)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _scale_rows(weight: Tensor, by: Tensor) -> Tensor:
+    return by.view(-1, *[1] * (weight.dim() - 1)) * weight
+
+
 class DANNComponents(NamedTuple):
     """The parts of one layer's computation. With subtraction alone, ``gamma`` is None."""
 
@@ -44,8 +69,9 @@ class DANNComponents(NamedTuple):
 class DANN(DaleModule):
     """What the dense and the convolutional layer share: parameters, initialisation, factors and the equations.
 
-    A subclass says how weights act on the input (`_drive`), how interneurons reach the excitatory units
-    (`_inhibit`), how one value per unit broadcasts (`_per_unit`) and which inputs fit (`_refuse_misfit`).
+    A subclass computes z (`forward`) and, for `components`, says how weights act on the input (`_drive`), how
+    interneurons reach the excitatory units (`_inhibit`), how one value per unit broadcasts (`_per_unit`) and which
+    inputs fit (`_refuse_misfit`).
     """
 
     nonnegative = ("Wex", "Wix", "Wei", "g")
@@ -116,28 +142,51 @@ class DANN(DaleModule):
         return factors
 
     def components(self, x: Tensor) -> DANNComponents:
-        """Every part of the computation for input ``x``, for analysis."""
-        self._refuse_misfit(x)
-        z_e = self._drive(x, self.Wex)
-        z_i = self._drive(x, self.Wix)
-        gamma = None
-        if self.alpha is not None and self.g is not None:
-            # exp keeps the divisive gain positive, so alpha is never projected
-            gain = self._per_unit(self.alpha.exp())
-            subtraction, division = self._inhibit(z_i, gain * z_i)
-            if division.dtype is torch.float16:
-                raise UsageError("float16 has too little range to divide by inhibition: use bfloat16 (bf16-mixed)")
-            gamma = division + EPS
-            z = self._per_unit(self.g) * (z_e - subtraction) / gamma
-        else:
-            (subtraction,) = self._inhibit(z_i)
-            z = z_e - subtraction
-        if self.b is not None:
-            z = z + self._per_unit(self.b)
-        return DANNComponents(z_e, z_i, subtraction, gamma, z)
+        """Every part of the computation for input ``x``, for analysis.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.components(x).z
+        Drives in half precision (float16, bfloat16) are inhibited in float32; z has the precision of the weights.
+        """
+        self._refuse_misfit(x)
+        z_e, z_i = self._drive(x, self.Wex), self._drive(x, self.Wix)
+        eps, z_e, z_i = eps_for(z_e), at_least_float32(z_e), at_least_float32(z_i)
+        gamma = None
+        with without_autocast(x):
+            if self.alpha is not None and self.g is not None:
+                # exp keeps the divisive gain positive, so alpha is never projected
+                gain = self._per_unit(self.alpha.exp())
+                subtraction, division = self._inhibit(z_i, gain * z_i)
+                gamma = division + eps
+                z = self._per_unit(self.g) * (z_e - subtraction) / gamma
+            else:
+                (subtraction,) = self._inhibit(z_i)
+                z = z_e - subtraction
+            if self.b is not None:
+                z = z + self._per_unit(self.b)
+        return DANNComponents(z_e, z_i, subtraction, gamma, z.to(self.Wex.dtype))
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """z, with what acts linearly on the input folded into the weights in float32:
+
+            z = (g (Wex - Wei Wix)) x / (Wei ((exp(alpha) Wix) x) + eps) + b
+
+        The difference is then taken before the input comes in, so that half precision rounds z and not the large
+        drives. It costs Wei Wix once a batch: little where weights are applied many times, as in a convolution.
+        """
+        with without_autocast(x):
+            Wex, Wix, Wei = (at_least_float32(weight) for weight in (self.Wex, self.Wix, self.Wei))
+            grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (Wei, Wix))
+            net = Wex - torch.bmm(*grouped).view(Wex.shape)
+            if self.alpha is not None and self.g is not None:
+                net, Wix = _scale_rows(net, self.g), _scale_rows(Wix, self.alpha.exp())
+        z = at_least_float32(self._drive(x, net.to(self.Wex.dtype)))
+        z_i = self._drive(x, Wix.to(self.Wix.dtype)) if self.divisive else None
+        with without_autocast(x):
+            if z_i is not None:
+                (division,) = self._inhibit(at_least_float32(z_i))
+                z = z / (division + eps_for(z_i))
+            if self.b is not None:
+                z = z + self._per_unit(self.b)
+        return z.to(self.Wex.dtype)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_danns.errors import UsageError
-from lightning_danns.layers.dann import DANN
+from lightning_danns.layers.dann import DANN, at_least_float32
 
 Pair = int | tuple[int, int]
 
@@ -120,11 +120,16 @@ class DANNConv2d(DANN):
                     f"{padded}"
                 )
 
+    def forward(self, x: Tensor) -> Tensor:
+        self._refuse_misfit(x)
+        return self._folded(x)
+
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def _inhibit(self, *z_i: Tensor) -> Iterable[Tensor]:
-        return [F.conv2d(drive, self.Wei[:, :, None, None], groups=self.groups) for drive in z_i]
+        kernel = at_least_float32(self.Wei)[:, :, None, None]
+        return [F.conv2d(drive, kernel, groups=self.groups) for drive in z_i]
 
     def _per_unit(self, values: Tensor) -> Tensor:
         return values[:, None, None]
