@@ -77,7 +77,7 @@ class ImageClassifier(pl.LightningModule):
         self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
         self.metrics: dict[str, Metric] = nn.ModuleDict()  # type: ignore[assignment]
         for stage in ("train", "val", "test"):
-            # a loss of NaN stays NaN in the log; looking for one at each step would take as long as counting it
+            # a loss of NaN is logged as NaN; looking for it would take as long as counting, and stop a GPU at each step
             self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")
             self.metrics[f"{stage}_accuracy"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
@@ -89,7 +89,7 @@ class ImageClassifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
-        self.metrics[f"{stage}_loss"].update(loss.detach(), len(labels))
+        self.metrics[f"{stage}_loss"].update(loss.detach().expand(len(labels)))  # once for each image
         self.metrics[f"{stage}_accuracy"].update(logits.detach(), labels)
         return loss
 
