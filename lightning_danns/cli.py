@@ -19,22 +19,25 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # imported so that their classes answer to their short names
 from lightning_danns import data, modules
+from lightning_danns.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from lightning_danns.data.files import write_arrays
 from lightning_danns.errors import UsageError
 
-# Two, because Lightning's save_last only copies what the best checkpoint saves. Both save after the epoch's metrics, so
-# that a resumed run starts with the next epoch.
-CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "best_checkpoint": {
-        "filename": "best", "monitor": "val_accuracy", "mode": "max", "save_on_train_epoch_end": True
-    },
-    "last_checkpoint": {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False},
-}  # fmt: skip
+RUN_NAME = "LIGHTNING_DANNS_RUN_NAME"
+
+BEST_CHECKPOINT = {
+    "filename": "best",
+    "monitor": "val_accuracy",
+    "mode": "max",
+    "save_on_train_epoch_end": True,  # with the metrics of the whole epoch, so that a resumed run starts with the next
+    "enable_version_counter": False,
+}
 
 
 def _from_data(attribute: str) -> Any:
@@ -120,9 +123,9 @@ class CLI(LightningCLI):
             default=None,
             help="folder of this run (default: runs/MODEL/DATE_TIME)",
         )
-        for name, defaults in CHECKPOINTS.items():
-            parser.add_lightning_class_args(ModelCheckpoint, name)
-            parser.set_defaults({f"{name}.{option}": value for option, value in defaults.items()})
+        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
+        parser.set_defaults({f"best_checkpoint.{option}": value for option, value in BEST_CHECKPOINT.items()})
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         for target, attribute in FROM_DATA.items():
             parser.link_arguments(
                 "data", f"model.init_args.{target}", compute_fn=_from_data(attribute), apply_on="instantiate"
@@ -170,7 +173,7 @@ class CLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.run_dir is None:
             model = config.model.class_path.rsplit(".", 1)[-1]
-            config.run_dir = os.path.join("runs", model, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
+            config.run_dir = os.path.join("runs", model, run_name())
         folder = Path(config.run_dir)
         self.folder = folder if self.subcommand == "fit" else folder / str(self.subcommand)
         if self.subcommand == "fit" and config.ckpt_path is None:
@@ -189,6 +192,8 @@ class CLI(LightningCLI):
         except TypeError as error:  # devices that are not a number
             raise UsageError(str(error)) from error
         _redraw_seldom(trainer.callbacks, config.trainer.callbacks or [])  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, which is not safe everywhere
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -258,11 +263,28 @@ def _short(path: str) -> str:
     return min(os.path.relpath(path), path, key=len)
 
 
+def run_name() -> str:
+    """A name for a run, the same in all its processes, although they start at different times.
+
+    Raises:
+        UsageError: there are several processes, and nothing names what they share.
+    """
+    environment = os.environ
+    if "SLURM_STEP_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
+        return f"{environment['SLURM_JOB_ID']}_{environment['SLURM_STEP_ID']}"
+    if environment.get("TORCHELASTIC_RUN_ID", "none") != "none":
+        return environment["TORCHELASTIC_RUN_ID"]
+    if _is_rank_zero() and "TORCHELASTIC_RUN_ID" not in environment:
+        environment[RUN_NAME] = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"  # Lightning starts the other processes with it
+    if RUN_NAME not in environment:
+        raise UsageError("several processes need a common folder: give --run_dir (or torchrun --standalone)")
+    return environment[RUN_NAME]
+
+
 def refuse_used_folder(folder: Path) -> None:
     """A fresh fit must not overwrite the checkpoints of an earlier one. (SLURM requeues find theirs by themselves.)"""
-    if not _is_rank_zero() or any(folder.glob("hpc_ckpt_*")):
-        return
-    if (folder / "checkpoints").exists():
+    # in every process, so that none waits for one that has left
+    if (folder / "checkpoints").exists() and not any(folder.glob("hpc_ckpt_*")):
         raise UsageError(
             f"run folder {folder} holds the checkpoints of an earlier fit: continue that one with --ckpt_path last, "
             "or choose another --run_dir"

@@ -80,6 +80,8 @@ def test_centring_cancels_the_mean_pixel():
     assert abs(layer(torch.full((1, 784), 0.13)).mean().item()) < 0.05
     with pytest.raises(UsageError, match="bias=True"):
         ColumnEILinear(4, 4, 0, bias=False).centre_(0.1)
+    with pytest.raises(UsageError, match="2 inputs of this layer are inhibitory"):
+        ColumnEILinear(4, 4, 2).centre_(0.1)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (4, 4, -1), (0, 4, 0), (4, 0, 1)])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_danns import DANNMLP, MLP, DANNLinear, ImageClassifier, MNISTDataModule, UsageError
+from lightning_danns.checkpoints import LastCheckpoint
 from lightning_danns.testing import assert_dale
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
@@ -96,6 +97,11 @@ def test_training_learns_and_obeys_dale(data, make_trainer):
     trainer.fit(model, datamodule=data)
     assert trainer.logged_metrics["val_accuracy"] > 0.7  # chance is 0.1
     assert_dale(model)
+
+
+def test_batch_normalisation_never_meets_a_batch_of_one(data, make_trainer):
+    data.batch_size = 149  # of 150 images
+    make_trainer().fit(MLP(hidden_sizes=[12], norm="batch", optimizer=SGD), datamodule=data)
 
 
 def test_predict_gives_probabilities_in_the_order_of_the_data(data, make_trainer):
@@ -203,6 +209,17 @@ def test_reduce_on_plateau_follows_the_validation_loss(data, make_trainer):
     plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, eps=0)
     model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
     make_trainer(max_epochs=2).fit(model, datamodule=data)
+
+
+def test_the_checkpoint_of_an_epoch_holds_its_plateau_step(data, make_trainer, tmp_path):
+    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, eps=0)
+    model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
+    saved = LastCheckpoint(str(tmp_path))
+    trainer = make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saved])
+    trainer.fit(model, datamodule=data)
+    state = trainer.lr_scheduler_configs[0].scheduler.state_dict()
+    assert state["last_epoch"] == 2
+    assert torch.load(tmp_path / "last.ckpt")["lr_schedulers"] == [state]
 
 
 def test_a_scheduler_with_absolute_rates_is_refused_at_the_start(data, make_trainer):

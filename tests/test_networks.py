@@ -203,6 +203,7 @@ def test_column_ei_resumes_with_its_trained_bias(data_dir, make_trainer, tmp_pat
     trainer.fit(model, datamodule=data)
     model.network[1].b.data += 1  # stands for training
     trainer.save_checkpoint(tmp_path / "model.ckpt")
-    resumed = ColumnEIMLP(hidden_sizes=[22], optimizer=frozen)
-    make_trainer(max_epochs=2).fit(resumed, datamodule=data, ckpt_path=tmp_path / "model.ckpt")
-    assert torch.equal(resumed.network[1].b, model.network[1].b)
+    for source in ({"datamodule": data}, {"train_dataloaders": data.train_dataloader()}):  # a loader has no mean pixel
+        resumed = ColumnEIMLP(hidden_sizes=[22], optimizer=frozen)
+        make_trainer(max_epochs=2).fit(resumed, **source, ckpt_path=tmp_path / "model.ckpt")
+        assert torch.equal(resumed.network[1].b, model.network[1].b)

@@ -61,8 +61,8 @@ class Normalised(MNISTDataModule):
             part.__class__ = Centred
 
 class Centred(ImageDataset):
-    def __getitems__(self, indices):
-        images, labels = super().__getitems__(indices)
+    def __getitem__(self, index):
+        images, labels = super().__getitem__(index)
         return (images - 0.1307) / 0.3081, labels
 
 class Holes(MNISTDataModule):
@@ -71,8 +71,8 @@ class Holes(MNISTDataModule):
         self.train_set.__class__ = Punched
 
 class Punched(ImageDataset):
-    def __getitems__(self, indices):
-        images, labels = super().__getitems__(indices)
+    def __getitem__(self, index):
+        images, labels = super().__getitem__(index)
         return images.masked_fill(images == images.max(), float("nan")), labels
 
 class Late(pl.Callback):

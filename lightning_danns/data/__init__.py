@@ -1,5 +1,6 @@
 """Data sets of images, and the base of yours."""
 
+from lightning_danns.data.batches import BatchIndex, EvenBatchSampler, ResumableLoader
 from lightning_danns.data.modules import (
     CIFAR10DataModule,
     FashionMNISTDataModule,
@@ -12,12 +13,15 @@ from lightning_danns.data.modules import (
 )
 
 __all__ = [
+    "BatchIndex",
     "CIFAR10DataModule",
+    "EvenBatchSampler",
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageDataset",
     "KMNISTDataModule",
     "MNIST5kDataModule",
     "MNISTDataModule",
+    "ResumableLoader",
     "crop_and_flip",
 ]

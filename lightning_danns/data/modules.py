@@ -1,6 +1,6 @@
 """Images as DataModules: pixels in [0, 1], kept in memory as bytes, batches cut by one indexing operation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_danns.data.batches import BatchIndex, EvenBatchSampler, ResumableLoader, seed_generators_
 from lightning_danns.data.files import Arrays, make_folder, read_arrays, torchvision_arrays, write_arrays
 from lightning_danns.errors import UsageError
 
@@ -17,7 +18,7 @@ from lightning_danns.errors import UsageError
 class ImageDataset(Dataset):
     """Images (N, C, H, W) as uint8 and labels (N,); yields pixels in [0, 1] as float32.
 
-    ``augment`` maps a batch of uint8 images to one of the same shape, newly for every batch that is served.
+    ``augment`` maps a batch of uint8 images to one of the same shape, newly for every `BatchIndex` that is served.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, augment: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -27,15 +28,14 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
-        return self.images[index].float().div_(255), self.labels[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once; the DataLoader prefers this to one call per sample."""
-        index = torch.tensor(indices)
-        images = self.images[index]
+        if not isinstance(index, BatchIndex):
+            return self.images[index].float().div_(255), self.labels[index]
+        images = self.images[index.samples]
         if self.augment is not None:
-            images = self.augment(images)
-        return images.float().div_(255), self.labels[index]
+            with torch.random.fork_rng(devices=()):
+                seed_generators_(index.seed)
+                images = self.augment(images)
+        return images.float().div_(255), self.labels[index.samples]
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
@@ -50,11 +50,6 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
     picked = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return picked.permute(0, 3, 1, 2).contiguous()
-
-
-def _as_is(batch: Any) -> Any:
-    """The collate function of batches that are already batches; at module level, so that workers can pickle it."""
-    return batch
 
 
 def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +76,7 @@ class ImageDataModule(pl.LightningDataModule):
 
     Args:
         data_dir: folder of the data file.
-        batch_size: images per batch and process.
+        batch_size: images per batch and process, at most: an epoch is cut into batches equal in size to within one.
         val_size: how many training images to hold out for validation (10 000 if the data set has no other default);
             0 trains on all of them.
         split_seed: seed of that split, independent of the seed of training.
@@ -167,27 +162,34 @@ class ImageDataModule(pl.LightningDataModule):
         return int(images.sum(dtype=torch.int64)) / images.numel() / 255  # exact, without a copy of 8 times the size
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_set, shuffle=True)
+        # under overfit_batches, Lightning takes the first batches of an order that must stay
+        fixed = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        return ResumableLoader(**self._loader_arguments(self.train_set, shuffle=not fixed))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._loader(self.val_set) if self.val_size else []
+        return DataLoader(**self._loader_arguments(self.val_set)) if self.val_size else []
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+        return DataLoader(**self._loader_arguments(self.test_set))
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.test_set)
+        return DataLoader(**self._loader_arguments(self.test_set))
 
-    def _loader(self, dataset: ImageDataset | None, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            _loaded(dataset),
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_is,
-        )
+    def _loader_arguments(self, dataset: ImageDataset | None, shuffle: bool = False) -> dict[str, Any]:
+        dataset = _loaded(dataset)
+        seed, process = torch.initial_seed(), None
+        if self.trainer is not None:
+            seed = self.trainer.strategy.broadcast(seed)  # one order for all processes
+            distributed = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+            process = (distributed["rank"], distributed["num_replicas"])
+        return {
+            "dataset": dataset,
+            "sampler": EvenBatchSampler(len(dataset), self.batch_size, shuffle, seed, process),
+            "batch_size": None,  # the sampler makes the batches
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
 
 def _loaded(dataset: ImageDataset | None) -> ImageDataset:

@@ -92,9 +92,15 @@ class ColumnEILinear(DaleModule):
 
     @torch.no_grad()
     def centre_(self, pixel_mean: float) -> None:
-        """Set b = -sqrt(d) pixel_mean, so that an all-excitatory layer starts with mean drive 0 on such images."""
+        """Set b = -sqrt(d) pixel_mean, so that an all-excitatory layer starts with mean drive 0 on such images.
+
+        Raises:
+            UsageError: the layer has no bias, or inhibitory inputs.
+        """
         if self.b is None:
             raise UsageError("this layer has no bias to centre: make it with bias=True")
+        if self.ni:
+            raise UsageError(f"{self.ni} inputs of this layer are inhibitory, and centre its drive already")
         self.b.fill_(-math.sqrt(self.in_features) * pixel_mean)
 
     def forward(self, x: Tensor) -> Tensor:

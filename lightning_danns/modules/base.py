@@ -23,6 +23,8 @@ from lightning_danns.optim import (
     rehearse_scheduler,
 )
 
+TRAIN_METRICS = ("train_loss", "train_accuracy")
+
 
 class ImageClassifier(pl.LightningModule):
     """Trains ``self.network`` to classify images by cross-entropy, under Dale's principle where it has signed layers.
@@ -75,9 +77,10 @@ class ImageClassifier(pl.LightningModule):
         self.input_shape, self.num_classes = tuple(input_shape), num_classes
         self.correction = correction
         self.optimizer_factory, self.lr_scheduler_factory = optimizer, lr_scheduler
+        self._plateau_epoch = -1
         self.metrics: dict[str, Metric] = nn.ModuleDict()  # type: ignore[assignment]
         for stage in ("train", "val", "test"):
-            # a loss of NaN stays NaN in the log; looking for one at each step would take as long as counting it
+            # a loss of NaN is logged as NaN; looking for it would take as long as counting, and stop a GPU at each step
             self.metrics[f"{stage}_loss"] = MeanMetric(nan_strategy="disable")
             self.metrics[f"{stage}_accuracy"] = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
@@ -89,7 +92,7 @@ class ImageClassifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
-        self.metrics[f"{stage}_loss"].update(loss.detach(), len(labels))
+        self.metrics[f"{stage}_loss"].update(loss.detach().expand(len(labels)))  # once for each image
         self.metrics[f"{stage}_accuracy"].update(logits.detach(), labels)
         return loss
 
@@ -111,7 +114,19 @@ class ImageClassifier(pl.LightningModule):
         return self(batch[0]).softmax(-1)
 
     def on_train_epoch_end(self) -> None:
-        self._log_epoch("train")
+        # What Lightning would do after the epoch's checkpoint is done before it here: a run that is killed between the
+        # two would go on without the logged metrics, and without a step of ReduceLROnPlateau.
+        self._log_epoch("train", logger=False)
+        metrics = {name: float(self.metrics[name].compute()) for name in TRAIN_METRICS}
+        for logger in self.loggers:
+            logger.log_metrics({**metrics, "epoch": self.current_epoch}, self.global_step - 1)
+            logger.save()
+        self.trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        self._plateau_epoch = self.current_epoch
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        if metric is None or self._plateau_epoch != self.current_epoch:
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val")
@@ -119,9 +134,9 @@ class ImageClassifier(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
 
-    def _log_epoch(self, stage: str) -> None:
+    def _log_epoch(self, stage: str, logger: bool = True) -> None:
         for name in (f"{stage}_loss", f"{stage}_accuracy"):
-            self.log(name, self.metrics[name], prog_bar=True)
+            self.log(name, self.metrics[name], prog_bar=True, logger=logger)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the Fisher-corrected parameter groups, and its scheduler if one is given."""
@@ -188,6 +203,11 @@ class ImageClassifier(pl.LightningModule):
             for name in [name for name, value in hparams.items() if callable(value)]:
                 del hparams[name]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Within an epoch, keep what its metrics have counted in all processes."""
+        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            checkpoint["train_metrics"] = {name: _counts(self.metrics[name]) for name in TRAIN_METRICS}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""
         if self._trainer is None:
@@ -197,6 +217,15 @@ class ImageClassifier(pl.LightningModule):
         if self.trainer.training:
             for state in checkpoint.get("optimizer_states", [])[:1]:
                 _refuse_other_optimizer(self._optimizer().param_groups, state["param_groups"])
+            if self.trainer.is_global_zero:  # the counts are those of all processes
+                for name, counts in checkpoint.get("train_metrics", {}).items():
+                    for state, value in counts.items():
+                        setattr(self.metrics[name], state, value.to(self.device))
+
+
+def _counts(metric: Metric) -> dict[str, Tensor]:
+    with metric.sync_context():  # over all processes
+        return {state: value.clone() for state, value in metric.metric_state.items()}  # type: ignore[union-attr]
 
 
 def _refuse_other_optimizer(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:

@@ -82,8 +82,8 @@ class ColumnEIMLP(ImageClassifier):
         if pixel_mean is not None:
             self._centre_(pixel_mean)
 
-    def setup(self, stage: str) -> None:
-        if stage != "fit" or self.centred:
+    def on_train_start(self) -> None:  # not earlier, because all strategies have restored a checkpoint only here
+        if self.centred:
             return
         bias = self._first.b
         if bias is not None and bool(bias.any()):

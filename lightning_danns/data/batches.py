@@ -1,0 +1,147 @@
+"""Training that can stop after any batch: order and random numbers are functions of (seed, epoch, batch, process)."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_danns.errors import UsageError
+
+
+class BatchIndex(NamedTuple):
+    """Which samples make a batch, and the seed of what is drawn to make it."""
+
+    samples: Tensor
+    seed: int
+
+
+# Lightning replaces other samplers: DistributedSamplers it leaves alone in several processes, SequentialSamplers under
+# overfit_batches
+class EvenBatchSampler(DistributedSampler, SequentialSampler):
+    """The batches of one process in an epoch, as `BatchIndex`es: its share of an order of all samples.
+
+    The samples are cut into as few batches of at most ``batch_size`` as possible, equal in size to within one. So every
+    process has the same number of batches, none is much smaller than the others, and no sample is left out or repeated.
+    What ``world_size`` processes see in step k is together batch k of one process with ``world_size * batch_size``.
+
+    Args:
+        n: number of samples.
+        batch_size: samples per batch and process.
+        shuffle: whether each epoch has a new order; otherwise it is that of the data set.
+        seed: of all orders and of everything that is drawn for a batch.
+        process: rank of this process, and how many there are; those of `torch.distributed` if not given.
+
+    Attributes:
+        epoch: whose batches come next; `set_epoch` changes it.
+        done: how many batches of that epoch were handed out (`ResumableLoader` counts them).
+
+    Raises:
+        UsageError: there are fewer samples than processes.
+    """
+
+    def __init__(
+        self, n: int, batch_size: int, shuffle: bool = False, seed: int = 0, process: tuple[int, int] | None = None
+    ) -> None:
+        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self._process = process
+        self.epoch = self.done = 0
+        len(self)  # refuses too few
+
+    @property
+    def process(self) -> tuple[int, int]:
+        """Rank of this process, and how many there are."""
+        if self._process is not None:
+            return self._process
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank(), dist.get_world_size()
+        return 0, 1
+
+    def __len__(self) -> int:
+        _, world_size = self.process
+        if self.n < world_size:
+            raise UsageError(f"{self.n} images are too few for {world_size} processes: each needs one")
+        # n // world_size is less with batches of 1, which then may be 2 in some processes
+        return min(-(-self.n // (self.batch_size * world_size)), self.n // world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch, or stay within it if it is the current one."""
+        if epoch != self.epoch:
+            self.epoch, self.done = epoch, 0
+
+    def __iter__(self) -> Iterator[BatchIndex]:  # type: ignore[override]
+        order = torch.arange(self.n)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed_of("order", self.epoch))
+            order = torch.randperm(self.n, generator=generator)
+        rank, world_size = self.process
+        parts = len(self) * world_size
+        for k in range(self.done, len(self)):
+            part = k * world_size + rank
+            samples = order[part * self.n // parts : (part + 1) * self.n // parts]
+            yield BatchIndex(samples, self.seed_of("images", self.epoch, k, rank))
+
+    def seed_of(self, purpose: str, *position: int) -> int:
+        """A seed for what is drawn for one purpose at one position, unrelated to those of others."""
+        name = repr((self.seed, purpose, *position)).encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest())  # fits a seed of 63 bits
+
+
+def seed_generators_(seed: int) -> None:
+    """Seed the default generators of the CPU and, where one is in use, of this process's GPU."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 20 times as long without a GPU
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+class ResumableLoader(DataLoader):
+    """Serves the batches of an `EvenBatchSampler` and can go on, in a new process, after any of them.
+
+    Before it hands out a batch, it seeds torch's default generators from (seed, epoch, batch, process). Dropout masks,
+    labels drawn by `DiagonalNGD` and whatever else a training step draws from them are therefore the same whether or
+    not the run was interrupted before. Lightning saves and restores ``state_dict`` with its checkpoints.
+
+    Make it with ``sampler=EvenBatchSampler(...)`` and ``batch_size=None``; the dataset takes `BatchIndex`es.
+    """
+
+    sampler: EvenBatchSampler
+    _resumed = False
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # a generator, so that nothing happens before the first batch: Lightning calls iter() before set_epoch()
+        sampler = self.sampler
+        if sampler.done and not self._resumed:
+            sampler.set_epoch(sampler.epoch + 1)
+        self._resumed = False
+        rank, _ = sampler.process
+        for batch in super().__iter__():
+            seed_generators_(sampler.seed_of("step", sampler.epoch, sampler.done, rank))
+            sampler.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it is, and the seed that all follows from."""
+        sampler = self.sampler
+        return {"seed": sampler.seed, "epoch": sampler.epoch, "done": sampler.done, "batches": len(sampler)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go there; the next iteration starts with the batch after, or with the next epoch.
+
+        Raises:
+            UsageError: within an epoch that is cut into other batches.
+        """
+        sampler = self.sampler
+        sampler.seed, sampler.epoch, sampler.done = state["seed"], state["epoch"], state["done"]
+        if sampler.done >= state["batches"]:
+            sampler.set_epoch(sampler.epoch + 1)
+        elif sampler.done and state["batches"] != len(sampler):
+            raise UsageError(
+                f"the checkpoint was made after batch {sampler.done} of {state['batches']}, but an epoch has "
+                f"{len(sampler)} batches here: go on with the same data, batch size and number of processes, or from "
+                "the end of an epoch"
+            )
+        self._resumed = True
