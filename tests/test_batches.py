@@ -7,9 +7,10 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
 from lightning_danns import CIFAR10DataModule, MNISTDataModule, UsageError
-from lightning_danns.data.batches import EvenBatchSampler
+from lightning_danns.data.batches import EvenBatchSampler, ResumableLoader
 
 SIZES = {"n": st.integers(1, 70), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 4)}
 
@@ -61,6 +62,18 @@ def test_orders_follow_from_seed_and_epoch():
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_every_step_of_every_process_draws_numbers_of_its_own():
+    class Seeds(Dataset):
+        def __getitem__(self, index):
+            return index.seed
+
+    drawn = []
+    for process in ((0, 2), (1, 2)):
+        loader = ResumableLoader(Seeds(), sampler=EvenBatchSampler(8, 2, process=process), batch_size=None)
+        drawn += [(seed, torch.rand(()).item()) for _ in range(2) for seed in loader]
+    assert [len(set(numbers)) for numbers in zip(*drawn, strict=True)] == [8, 8]
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,7 @@ def test_a_run_ends_when_a_process_dies_and_goes_on_exactly(folder, how, rank):
         fit(process, 2, 15, "--model=test_distributed.Interrupted", f"--run_dir={run_dir}", "--ckpt_path=last",
             "--last_checkpoint.every_n_train_steps=3")  # fmt: skip
 
-    statuses = wait(start(interrupted, 2), timeout=20)
+    statuses = wait(start(interrupted, 2), timeout=60)
     assert statuses[rank] == (-9 if how == "killed" else 1)
     assert statuses[1 - rank] != 0
     assert torch.load("run/checkpoints/last.ckpt")["global_step"] == 6  # in the middle of the second epoch
@@ -163,7 +163,7 @@ def test_sharded_weights_train_and_resume_like_whole_ones(folder):
 
 def test_no_process_waits_when_the_run_is_refused(folder):
     (folder / "run" / "checkpoints").mkdir(parents=True)
-    assert wait(start(lambda rank: fit(rank, 2, 15, "--run_dir=run"), 2, srun), timeout=20) == [2, 2]
+    assert wait(start(lambda rank: fit(rank, 2, 15, "--run_dir=run"), 2, srun), timeout=60) == [2, 2]
 
 
 def test_processes_without_a_common_name_are_refused(monkeypatch):
