@@ -1,6 +1,8 @@
 """Dale's principle during a Lightning fit: weights are projected before anyone can look."""
 
+import csv
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -122,3 +124,46 @@ class CosineStepControl(_StepControl):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         limit_clamping_(pl_module, optimizer, self.epsilon, self.halvings)
+
+
+class ReplicaCheckpoint(pl.callbacks.Checkpoint):
+    """Saves every replica of a `ReplicatedClassifier` as an ordinary checkpoint, and the metrics of all as one table.
+
+    `ReplicatedClassifier` attaches it where the Trainer saves checkpoints. Beside the log of the run it writes
+
+        replicas.csv            a row for each replica and epoch: its seed, its learning rate, its metrics
+        replicas/3/best.ckpt    replica 3 at its highest validation accuracy
+        replicas/3/last.ckpt    replica 3 at the end of the last epoch
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._best: dict[int, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows, "best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows, self._best = list(state_dict["rows"]), dict(state_dict["best"])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        for index in range(len(pl_module.replicas)):  # type: ignore[arg-type]
+            own = {
+                name.removesuffix(f"/{index}"): value for name, value in metrics.items() if name.endswith(f"/{index}")
+            }
+            settings = pl_module.settings(index)  # type: ignore[operator]
+            self._rows.append({"replica": index, **settings, "epoch": trainer.current_epoch, **own})
+            names = ["last"]
+            if own.get("val_accuracy", float("-inf")) > self._best.get(index, float("-inf")):
+                self._best[index] = own["val_accuracy"]
+                names.append("best")
+            for name in names:
+                pl_module.save_replica(index, folder / "replicas" / str(index) / f"{name}.ckpt")  # type: ignore[operator]
+        with open(folder / "replicas.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self._rows for name in row)))
+            writer.writeheader()
+            writer.writerows(self._rows)

@@ -1,6 +1,7 @@
 """Images as DataModules: pixels in [0, 1], kept in memory as bytes, batches cut by one indexing operation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_danns.data.files import Arrays, read_arrays, torchvision_arrays, write_arrays
 from lightning_danns.errors import UsageError
@@ -57,6 +58,42 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+class ShuffledOrder(Sampler[int]):
+    """Indices 0..n-1 in an order that depends on a seed and the number of the epoch alone.
+
+    With several seeds, ``batch_size`` indices in the order of the first, as many in that of the second, and so on.
+    """
+
+    def __init__(self, n: int, seeds: Sequence[int], batch_size: int) -> None:
+        self.n, self.seeds, self.batch_size, self.epoch = n, seeds, batch_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it at the start of each epoch, also of the first after a resumption."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n * len(self.seeds)
+
+    def __iter__(self) -> Iterator[int]:
+        # a hash of both, so that the second epoch of one seed is not the first of the next
+        states = [int(np.random.SeedSequence([seed, self.epoch]).generate_state(1)[0]) for seed in self.seeds]
+        orders = [torch.randperm(self.n, generator=torch.Generator().manual_seed(state)) for state in states]
+        self.epoch += 1
+        for batches in torch.stack(orders).split(self.batch_size, dim=1):  # (seeds, batch_size)
+            yield from batches.flatten().tolist()
+
+
+@dataclass(frozen=True)
+class _ByReplica:
+    """The collate function of batches that hold ``replicas`` batches one after the other."""
+
+    replicas: int
+
+    def __call__(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        return images.unflatten(0, (self.replicas, -1)), labels.unflatten(0, (self.replicas, -1))
+
+
 def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the rest and of ``size`` held-out samples, in which each class has its share to within one."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -82,6 +119,9 @@ class ImageDataModule(pl.LightningDataModule):
         val_size: how many training images to hold out for validation; 0 trains on all of them.
         split_seed: seed of that split, independent of the seed of training.
         num_workers: processes that prepare batches; 0 is fastest here unless the transform is slow.
+        order_seed: seed of the order of training images, independent of the seed of training, which sets it if this
+            is not given. A list serves a batch of its own for each seed, images (seeds, batch_size, C, H, W), to
+            `ReplicatedClassifier`.
 
     Raises:
         UsageError: the data file is missing and cannot be made, is damaged, or is not the data set that it should
@@ -99,6 +139,7 @@ class ImageDataModule(pl.LightningDataModule):
         val_size: int = 10_000,
         split_seed: int = 0,
         num_workers: int = 0,
+        order_seed: int | list[int] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -107,9 +148,11 @@ class ImageDataModule(pl.LightningDataModule):
             raise UsageError(f"val_size={val_size}: give the number of images to hold out, 0 to hold out none")
         if num_workers < 0:
             raise UsageError(f"num_workers={num_workers}: it must be 0 (no extra process) or more")
+        if order_seed is not None and (order_seed == [] or min(np.atleast_1d(order_seed)) < 0):
+            raise UsageError(f"order_seed={order_seed}: give a seed that is not negative, or a list of such")
         self.save_hyperparameters()
         self.data_dir, self.batch_size, self.val_size = data_dir, batch_size, val_size
-        self.split_seed, self.num_workers = split_seed, num_workers
+        self.split_seed, self.num_workers, self.order_seed = split_seed, num_workers, order_seed
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
@@ -154,7 +197,15 @@ class ImageDataModule(pl.LightningDataModule):
         return int(images.sum(dtype=torch.int64)) / images.numel() / 255  # exact, without a copy of 8 times the size
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_set, shuffle=True)
+        if self.order_seed is None:
+            return self._loader(self.train_set, shuffle=True)
+        seeds = [self.order_seed] if isinstance(self.order_seed, int) else self.order_seed
+        return self._loader(
+            self.train_set,
+            sampler=ShuffledOrder(len(_loaded(self.train_set)), seeds, self.batch_size),
+            batch_size=self.batch_size * len(seeds),
+            collate_fn=_as_is if isinstance(self.order_seed, int) else _ByReplica(len(seeds)),
+        )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._loader(self.val_set) if self.val_size else []
@@ -165,16 +216,15 @@ class ImageDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return self._loader(self.test_set)
 
-    def _loader(self, dataset: ImageDataset | None, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            _loaded(dataset),
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_as_is,
-        )
+    def _loader(self, dataset: ImageDataset | None, **options: Any) -> DataLoader:
+        common: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            "collate_fn": _as_is,
+        }
+        return DataLoader(_loaded(dataset), **{**common, **options})
 
 
 def _loaded(dataset: ImageDataset | None) -> ImageDataset:
@@ -220,7 +270,7 @@ class CIFAR10DataModule(ImageDataModule):
     """CIFAR-10: 50 000 training and 10 000 test photographs, 32 x 32 in colour (Krizhevsky 2009).
 
     Args:
-        data_dir, batch_size, val_size, split_seed, num_workers: see `ImageDataModule`.
+        data_dir, batch_size, val_size, split_seed, num_workers, order_seed: see `ImageDataModule`.
         augment: whether training images are shifted and mirrored at random (`crop_and_flip`).
     """
 
@@ -236,8 +286,9 @@ class CIFAR10DataModule(ImageDataModule):
         split_seed: int = 0,
         num_workers: int = 0,
         augment: bool = False,
+        order_seed: int | list[int] | None = None,
     ) -> None:
-        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers)
+        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers, order_seed)
         self.augment = augment
 
     def augmentation(self) -> Callable[[Tensor], Tensor] | None:
@@ -264,8 +315,9 @@ class MNIST5kDataModule(ImageDataModule):
         val_size: int = 500,
         split_seed: int = 0,
         num_workers: int = 0,
+        order_seed: int | list[int] | None = None,
     ) -> None:
-        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers)
+        super().__init__(data_dir, batch_size, val_size, split_seed, num_workers, order_seed)
 
     def fetch(self) -> Arrays:
         try:
