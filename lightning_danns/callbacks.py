@@ -129,11 +129,11 @@ class CosineStepControl(_StepControl):
 class ReplicaCheckpoint(pl.callbacks.Checkpoint):
     """Saves every replica of a `ReplicatedClassifier` as an ordinary checkpoint, and the metrics of all as one table.
 
-    `ReplicatedClassifier` attaches it where the Trainer saves checkpoints. Beside the log of the run it writes
+    `ReplicatedClassifier` attaches it where the Trainer saves checkpoints. It writes into the folder of the log
 
-        replicas.csv            a row for each replica and epoch: its seed, its learning rate, its metrics
-        replicas/3/best.ckpt    replica 3 at its highest validation accuracy
-        replicas/3/last.ckpt    replica 3 at the end of the last epoch
+        replicas.csv                        a row for each replica and epoch: its seed, learning rate and metrics
+        replicas/3/checkpoints/best.ckpt    replica 3 at its highest validation accuracy
+        replicas/3/checkpoints/last.ckpt    replica 3 after the last epoch
     """
 
     def __init__(self) -> None:
@@ -146,24 +146,27 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows, self._best = list(state_dict["rows"]), dict(state_dict["best"])
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        for index in range(len(pl_module.replicas)):  # type: ignore[arg-type]
-            own = {
-                name.removesuffix(f"/{index}"): value for name, value in metrics.items() if name.endswith(f"/{index}")
-            }
-            settings = pl_module.settings(index)  # type: ignore[operator]
-            self._rows.append({"replica": index, **settings, "epoch": trainer.current_epoch, **own})
-            names = ["last"]
-            if own.get("val_accuracy", float("-inf")) > self._best.get(index, float("-inf")):
-                self._best[index] = own["val_accuracy"]
-                names.append("best")
-            for name in names:
-                pl_module.save_replica(index, folder / "replicas" / str(index) / f"{name}.ckpt")  # type: ignore[operator]
+        folder = Path(str(trainer.log_dir))
+        for row in pl_module.table(trainer.callback_metrics):
+            index, accuracy = row["replica"], row.get("val_accuracy", float("-inf"))
+            self._rows.append({"epoch": trainer.current_epoch, **row})
+            checkpoints = folder / "replicas" / str(index) / "checkpoints"
+            pl_module.save_replica(index, checkpoints / "last.ckpt")
+            if accuracy > self._best.get(index, float("-inf")):
+                self._best[index] = accuracy
+                pl_module.save_replica(index, checkpoints / "best.ckpt")
+        self._write(self._rows, folder)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._write(pl_module.table(trainer.callback_metrics), Path(str(trainer.log_dir)))
+
+    @staticmethod
+    def _write(rows: list[dict[str, Any]], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "replicas.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in self._rows for name in row)))
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
-            writer.writerows(self._rows)
+            writer.writerows(rows)

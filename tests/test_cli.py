@@ -1,8 +1,6 @@
 """The command line: one folder per run, commands that follow on each other, and clear refusals."""
 
 import csv
-import os
-import shutil
 import sys
 
 import numpy as np
@@ -10,33 +8,10 @@ import pytest
 import torch
 import yaml
 
-import lightning_danns.cli as cli
 from lightning_danns import DANNMLP
 
 SMALL = ["--model", "DANNMLP", "--model.hidden_sizes=[12]", "--data", "MNISTDataModule", "--data.val_size=50"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-
-
-@pytest.fixture
-def run(data_dir, monkeypatch, capsys):
-    """Runs the command line in this process, in a folder that holds a small data/mnist.npz."""
-    monkeypatch.chdir(data_dir)
-    os.makedirs("data")
-    shutil.copy("mnist.npz", "data")
-
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        capsys.readouterr()
-        if status == 0:
-            cli.main()
-        else:
-            with pytest.raises(SystemExit) as exit_info:
-                cli.main()
-            assert exit_info.value.code == status
-        out, err = capsys.readouterr()
-        return out + err
-
-    return run
 
 
 def fit(run, *args, run_dir="run", **kwargs):

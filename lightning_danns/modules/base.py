@@ -194,6 +194,11 @@ class ImageClassifier(pl.LightningModule):
         if self.strict_loading and "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere
             _refuse_other_network(self, checkpoint)
         if self.trainer.training:
+            if "state_dict" in checkpoint and "optimizer_states" not in checkpoint:
+                raise UsageError(
+                    "the checkpoint holds weights alone (those of a replica do), so a fit cannot continue from it: "
+                    "test it, or start anew from its weights (load_from_checkpoint)"
+                )
             for state in checkpoint.get("optimizer_states", [])[:1]:
                 _refuse_other_optimizer(self._optimizer().param_groups, state["param_groups"])
 

@@ -1,9 +1,9 @@
 """Many at once: seeds and learning rates of one small network, trained side by side as one stack of weights."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -27,6 +27,12 @@ STEPS = (
 """What a replica does not do by itself, so that a classifier with its own version cannot be replicated."""
 
 
+class ClassifierFactory(Protocol):
+    """Makes one of the replicas; a protocol, so that the command line offers all options of a class but these two."""
+
+    def __call__(self, *, input_shape: Sequence[int], num_classes: int) -> ImageClassifier: ...
+
+
 class ReplicatedClassifier(ImageClassifier):
     """Trains one classifier from every seed with every learning rate, all at once in one process.
 
@@ -36,8 +42,8 @@ class ReplicatedClassifier(ImageClassifier):
     single run of its seed and learning rate on the same batches does, up to rounding (dropout draws other numbers).
 
     Replica k * len(seeds) + s has ``learning_rates[k]`` and ``seeds[s]``. Logs each metric of `ImageClassifier` for
-    every replica (``val_accuracy/0``, ...) and as their mean (``val_accuracy``). `ReplicaCheckpoint` saves every replica
-    as a checkpoint of the classifier, and all metrics as one table.
+    every replica (``val_accuracy/0``, ...) and as their mean (``val_accuracy``). `ReplicaCheckpoint` saves every
+    replica as a checkpoint of the classifier, and all metrics as one table.
 
     All replicas see the same batches, images (N, ...) and labels (N,), or those of their seed, images
     (len(seeds), N, ...) and labels (len(seeds), N), as `ImageDataModule` serves them with a list of ``order_seed``.
@@ -73,7 +79,7 @@ class ReplicatedClassifier(ImageClassifier):
 
     def __init__(
         self,
-        classifier: Callable[..., ImageClassifier],
+        classifier: ClassifierFactory,
         seeds: list[int],
         learning_rates: list[float] | None = None,
         input_shape: Sequence[int] | None = None,
@@ -87,7 +93,8 @@ class ReplicatedClassifier(ImageClassifier):
             raise UsageError(f"learning_rates={rates}: all must be positive")
         data = {"input_shape": input_shape, "num_classes": num_classes}
         make = _factory(classifier, {name: value for name, value in data.items() if value is not None})
-        replicas = [make(seed) for _ in rates or [None] for seed in seeds]
+        every_rate: Sequence[float | None] = rates or [None]
+        replicas = [make(seed, rate) for rate in every_rate for seed in seeds]
         first = replicas[0]
         super().__init__(
             first.input_shape, first.num_classes, first.correction, first.optimizer_factory, first.lr_scheduler_factory
@@ -112,6 +119,14 @@ class ReplicatedClassifier(ImageClassifier):
         rate = {} if self.learning_rates is None else {"learning_rate": self.learning_rates[k]}
         return {"seed": self.seeds[s], **rate}
 
+    def table(self, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A row for each replica: its number, its settings, and what ``metrics`` has of it (the Trainer's, by name)."""
+        return [
+            {"replica": index, **self.settings(index)}
+            | {name.rpartition("/")[0]: float(metrics[name]) for name in metrics if name.endswith(f"/{index}")}
+            for index in range(len(self.replicas))
+        ]
+
     def save_replica(self, index: int, path: str | Path) -> None:
         """Write a checkpoint of one replica, as its own Trainer would without the state of the optimizer."""
         replica, trainer = self.replicas[index], self._trainer
@@ -120,7 +135,6 @@ class ReplicatedClassifier(ImageClassifier):
             "global_step": trainer.global_step if trainer else 0,
             "pytorch-lightning_version": pl.__version__,
             "state_dict": {name: value.contiguous().clone() for name, value in replica.state_dict().items()},
-            "loops": {},
             "hparams_name": "kwargs",
             "hyper_parameters": dict(replica.hparams),
         }
@@ -149,13 +163,12 @@ class ReplicatedClassifier(ImageClassifier):
     def _stacked_state(self) -> dict[str, Tensor]:
         """Parameters and buffers by their name in one replica, with a leading dimension of replicas."""
         if not self._stacks:
-            states = [dict((*r.named_parameters(), *r.named_buffers())) for r in self.replicas]
-            self._stacks = {name: _Stack([state[name] for state in states]) for name in states[0]}
+            replicas = [dict(replica.named_modules()) for replica in self.replicas]
+            (template,) = self._template
+            for name, _ in (*template.named_parameters(), *template.named_buffers()):
+                owner, _, own_name = name.rpartition(".")
+                self._stacks[name] = _Stack([modules[owner] for modules in replicas], own_name)
         return {name: stack.tensor() for name, stack in self._stacks.items()}
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._stacks = {}  # to another device or type: buffers become other objects
-        return super()._apply(*args, **kwargs)
 
     def shared_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         """Sum of the replicas' losses of one batch; counts them into the metrics of ``stage``."""
@@ -173,7 +186,7 @@ class ReplicatedClassifier(ImageClassifier):
             return
         # once one by one, for the hooks by which layers refuse negative inputs: they do not act on stacks
         self._met_inputs = True
-        images = batch[0].flatten(0, -len(self.input_shape) - 1)[: len(batch[1])]
+        images = batch[0].flatten(0, -len(self.input_shape) - 1)[: batch[1].shape[-1]]
         training = self.training
         self.eval()
         with torch.no_grad():
@@ -207,19 +220,16 @@ class ReplicatedClassifier(ImageClassifier):
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """One optimizer; its groups are those of a replica, once for each learning rate."""
-        groups: dict[tuple[str, float | None], dict[str, Any]] = {}
+        groups: dict[str, dict[str, Any]] = {}
         for index, replica in enumerate(self.replicas):
             rate = self.settings(index).get("learning_rate")
             for group in fisher_param_groups(replica, replica.correction):
                 if rate is not None:
-                    group |= {"name": f"{group['name']}/lr={rate:g}", "lr": rate}
-                groups.setdefault((group["name"], rate), {**group, "params": []})["params"] += group["params"]
+                    group |= {"name": f"{group['name']}/lr={rate}", "lr": rate, "base_lr": rate}
+                groups.setdefault(group["name"], {**group, "params": []})["params"] += group["params"]
         optimizer = fisher_optimizer(self.optimizer_factory, list(groups.values()))
         if hasattr(optimizer, "update_fisher"):
             raise UsageError(f"{type(optimizer).__name__} estimates the Fisher information of one network, not of many")
-        for (_, rate), group in zip(groups, optimizer.param_groups, strict=True):
-            if self.learning_rates and rate:  # one base rate for all groups, which schedulers may only multiply
-                group["lr_scale"] *= rate / self.learning_rates[0]
         return optimizer
 
     def configure_optimizers(self) -> Any:
@@ -236,10 +246,10 @@ class ReplicatedClassifier(ImageClassifier):
         return self._with_projection([ReplicaCheckpoint()] if wanted else [])
 
 
-def _factory(classifier: Callable[..., ImageClassifier], data: dict[str, Any]) -> Callable[[int], ImageClassifier]:
-    """A function from seeds to replicas, which it refuses if they do more than `ReplicatedClassifier` does for them."""
+def _factory(classifier: ClassifierFactory, data: dict[str, Any]) -> Callable[[int, float | None], ImageClassifier]:
+    """Makes the replica of a seed and rate, and refuses it if it does more than `ReplicatedClassifier` does for it."""
 
-    def make(seed: int) -> ImageClassifier:
+    def make(seed: int, rate: float | None) -> ImageClassifier:
         if not callable(classifier) or isinstance(classifier, nn.Module):
             raise UsageError(
                 f"classifier={type(classifier).__name__} object: give what makes one, e.g. "
@@ -259,41 +269,60 @@ def _factory(classifier: Callable[..., ImageClassifier], data: dict[str, Any]) -
                 f"{kind.__name__} has its own {', '.join(own)}, which replicas do not run: they train by forward and "
                 "cross-entropy alone (callbacks belong to the Trainer)"
             )
+        _own_hyperparameters(replica, data, rate)
         return replica
 
     return make
 
 
+def _own_hyperparameters(replica: ImageClassifier, data: dict[str, Any], rate: float | None) -> None:
+    """The command line gives a replica the arguments of the `ReplicatedClassifier`: keep those of its single run."""
+    given = replica.hparams.get("classifier")
+    if "_class_path" not in replica.hparams or not isinstance(given, Mapping):
+        return
+    own = copy.deepcopy({**given.get("init_args", {}), **data})
+    if rate is not None and "optimizer" in own:
+        own["optimizer"]["init_args"]["lr"] = rate
+    instantiator = replica.hparams["_instantiator"]
+    replica.hparams.clear()
+    replica.hparams.update({"_class_path": given["class_path"], **own, "_instantiator": instantiator})
+
+
 class _Stack:
-    """Slices of one tensor, as long as nobody gives them other memory; then they are stacked anew."""
+    """One parameter or buffer of all replicas in one tensor, of which theirs are slices.
 
-    def __init__(self, slices: list[Tensor]) -> None:
-        self.slices = slices
-        self._stack()
+    Tensors that have been given other memory since (by `torch.nn.Module.to`, a copy, a load) are stacked anew.
+    """
 
-    @torch.no_grad()
-    def _stack(self) -> None:
-        self.whole = torch.stack([s.detach() for s in self.slices])
-        if self.whole.dim() == 3:
-            # the memory of a matrix lies transposed, as the gradient of a batched product does, which is then not copied
-            self.whole = self.whole.mT.contiguous().mT
-        for s, view in zip(self.slices, self.whole, strict=True):
-            s.data = view
-        self._addresses = [view.data_ptr() for view in self.whole]
+    def __init__(self, owners: list[nn.Module], name: str) -> None:
+        self.owners, self.name = owners, name
+        self._addresses: list[int] = []
 
     def tensor(self) -> Tensor:
         """The stack. If it is trained, a leaf, whose gradient becomes the gradients of the slices."""
-        if [s.data_ptr() for s in self.slices] != self._addresses:
-            self._stack()
-        if not torch.is_grad_enabled() or not any(s.requires_grad for s in self.slices):
+        slices: list[Tensor] = [getattr(owner, self.name) for owner in self.owners]
+        if [s.data_ptr() for s in slices] != self._addresses:
+            self._stack(slices)
+        if not torch.is_grad_enabled() or not any(s.requires_grad for s in slices):
             return self.whole
         leaf = self.whole.detach().requires_grad_()
-        leaf.register_post_accumulate_grad_hook(self._hand_down)
+
+        def hand_down(leaf: Tensor) -> None:
+            for s, gradient in zip(slices, leaf.grad.unbind(), strict=True):  # type: ignore[union-attr]
+                s.grad = gradient if s.grad is None else s.grad + gradient
+
+        leaf.register_post_accumulate_grad_hook(hand_down)
         return leaf
 
-    def _hand_down(self, leaf: Tensor) -> None:
-        for s, gradient in zip(self.slices, leaf.grad.unbind(), strict=True):  # type: ignore[union-attr]
-            s.grad = gradient if s.grad is None else s.grad + gradient
+    @torch.no_grad()
+    def _stack(self, slices: list[Tensor]) -> None:
+        self.whole = torch.stack([s.detach() for s in slices])
+        if self.whole.dim() == 3:
+            # transposed in memory, as the gradient of a batched matrix product is, which then need not be copied
+            self.whole = self.whole.mT.contiguous().mT
+        for s, view in zip(slices, self.whole, strict=True):
+            s.data = view
+        self._addresses = [view.data_ptr() for view in self.whole]
 
 
 class _MeanOfEach(Metric):

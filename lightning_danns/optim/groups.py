@@ -138,7 +138,8 @@ def fisher_optimizer(factory: Callable[[Groups], Optimizer], groups: Groups) -> 
 def require_factors(optimizer: Optimizer, culprit: str) -> None:
     """Refuse learning rates that are no longer one base rate times each group's ``lr_scale``.
 
-    An optimizer without any ``lr_scale`` is somebody's own and passes.
+    An optimizer without any ``lr_scale`` is somebody's own and passes. Groups of replicas with another ``base_lr`` of
+    their own are compared among themselves.
 
     Raises:
         UsageError: names ``culprit``, the two groups that differ most, and what to use instead.
@@ -151,15 +152,17 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
             f"{culprit} added a parameter group without learning-rate factors: make it with "
             "fisher_param_groups(layer, lr=...)"
         )
-    rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in groups]
-    (low, low_name), (high, high_name) = min(rates), max(rates)
-    # below 1e-30 rates have decayed to nothing, and lose digits
-    if high - low > max(1e-6 * abs(high), 1e-30):
-        raise UsageError(
-            f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in group "
-            f"{low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
-            f"({KEEPS_RATIOS}), or correction='none'"
-        )
+    for base in dict.fromkeys(group.get("base_lr") for group in groups):
+        ours = [group for group in groups if group.get("base_lr") == base]
+        rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in ours]
+        (low, low_name), (high, high_name) = min(rates), max(rates)
+        # below 1e-30 rates have decayed to nothing, and lose digits
+        if high - low > max(1e-6 * abs(high), 1e-30):
+            raise UsageError(
+                f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in group "
+                f"{low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
+                f"({KEEPS_RATIOS}), or correction='none'"
+            )
 
 
 def rehearse_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer, steps: int = 1000) -> None:
