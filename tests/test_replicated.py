@@ -21,6 +21,7 @@ from lightning_danns import (
     MNISTDataModule,
     ReplicatedClassifier,
     UsageError,
+    project_,
 )
 from lightning_danns.testing import assert_dale
 
@@ -52,8 +53,7 @@ def assert_same(replica, run, **tolerance):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
-@pytest.mark.parametrize(
+CLASSIFIERS = pytest.mark.parametrize(
     "classifier",
     [
         SMALL,
@@ -66,6 +66,10 @@ def assert_same(replica, run, **tolerance):
     ],
     ids=["dann", "subtractive", "column_ei", "layernorm", "batchnorm", "dann_conv", "conv_batchnorm"],
 )
+
+
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+@CLASSIFIERS
 def test_a_replica_is_the_single_run_of_its_seed_and_rate(classifier, optimizer, data, make_trainer):
     classifier = functools.partial(classifier, optimizer=optimizer)
     precise = {"precision": "64-true", "max_epochs": 3}
@@ -80,6 +84,22 @@ def test_a_replica_is_the_single_run_of_its_seed_and_rate(classifier, optimizer,
             assert_same(model.replicas[index], run, rtol=1e-6, atol=1e-8)
             for name in alone.logged_metrics:
                 assert together.logged_metrics[f"{name}/{index}"] == pytest.approx(float(alone.logged_metrics[name]))
+
+
+@CLASSIFIERS
+def test_in_single_precision_they_are_the_same_up_to_its_rounding(classifier):
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    classifier = functools.partial(classifier, optimizer=SGD)
+    many, run = ReplicatedClassifier(classifier, [3, 8]), single(classifier, 8)
+    for model in (many, run):
+        optimizer = model.configure_optimizers()
+        for _ in range(5):
+            optimizer.zero_grad()
+            model.shared_step((images, labels), "train").backward()
+            optimizer.step()
+            project_(model)
+    assert_same(many.replicas[1], run, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(many(images)[:, 1], run(images), rtol=1e-3, atol=1e-3)
 
 
 def fit_four(data, make_trainer, classifier=SMALL, optimizer=SGD, **options):
