@@ -198,9 +198,11 @@ class CLI(LightningCLI):
             folder = self.folder / "replicas" / str(index)
             config |= {"seed_everything": model.settings(index)["seed"], "run_dir": str(folder), "ckpt_path": None}
             single = dict(replica.hparams)
+            if "_class_path" not in single:
+                return  # made by somebody's function, which no config can name
             config["model"] = {"class_path": single.pop("_class_path"), "init_args": single}
             for name in ("_instantiator", "input_shape", "num_classes"):  # the sizes come from the data
-                single.pop(name)
+                single.pop(name, None)
             orders = config["data"].get("init_args", {}).get("order_seed")
             if isinstance(orders, list):
                 config["data"]["init_args"]["order_seed"] = orders[index % len(orders)]

@@ -3,6 +3,7 @@
 import copy
 import csv
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,12 +182,15 @@ def test_dropout_draws_other_units_for_each_replica():
 
 def test_all_replicas_obey_dale_and_a_run_resumes_where_it_stopped(data, make_trainer, tmp_path):
     straight, _ = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=3)
-    _, first = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2)
+    _, first = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2, enable_checkpointing=True)
     first.save_checkpoint(tmp_path / "two.ckpt")
     resumed = ReplicatedClassifier(functools.partial(SMALL, optimizer=MOMENTUM), [3, 8], [0.02, 0.003])
-    make_trainer(max_epochs=3).fit(resumed, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    trainer = make_trainer(max_epochs=3, enable_checkpointing=True)
+    trainer.fit(resumed, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
     assert_dale(resumed)
     assert_same(resumed, straight)
+    with open(tmp_path / "replicas.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
     again = ReplicatedClassifier.load_from_checkpoint(tmp_path / "two.ckpt", classifier=SMALL)
     assert (again.seeds, again.learning_rates) == ([3, 8], [0.02, 0.003])
 
@@ -268,24 +272,32 @@ PLATEAU = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, eps=0)
 
 
 @pytest.mark.parametrize(
-    ("classifier", "options", "message"),
+    ("classifier", "message"),
     [
-        ({}, {"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 clips the gradient of all replicas together"),
-        ({}, {"strategy": "ddp_spawn", "devices": 2}, "replicas train in one process"),
-        ({"lr_scheduler": PLATEAU}, {}, "ReduceLROnPlateau follows one validation loss"),
-        ({"optimizer": DiagonalNGD, "correction": "none"}, {}, "DiagonalNGD estimates"),
-        ({"optimizer": torch.optim.LBFGS}, {}, "LBFGS doesn't support per-parameter options"),
+        ({"lr_scheduler": PLATEAU}, "ReduceLROnPlateau follows one validation loss"),
+        ({"optimizer": DiagonalNGD, "correction": "none"}, "DiagonalNGD estimates"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS doesn't support per-parameter options"),
     ],
 )
-def test_what_would_tie_the_replicas_together_is_refused(classifier, options, message, data, make_trainer):
+def test_an_optimizer_or_schedule_that_would_tie_the_replicas_together_is_refused(classifier, message):
     model = ReplicatedClassifier(functools.partial(SMALL, **classifier), seeds=[0, 1])
-    if "strategy" in options:
-        model.trainer = make_trainer(**options)
-        with pytest.raises(UsageError, match=message):
-            model.setup("fit")
-        return
     with pytest.raises(UsageError, match=message):
-        make_trainer(**options).fit(model, datamodule=data)
+        model.configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 clips the gradient of all replicas together"),
+        ({"world_size": 2}, "replicas train in one process"),
+        ({"precision": "16-mixed"}, "16-mixed"),
+    ],
+)
+def test_a_trainer_that_would_tie_the_replicas_together_is_refused(trainer, message):
+    model = ReplicatedClassifier(SMALL, seeds=[0, 1])
+    model.trainer = SimpleNamespace(**{"world_size": 1, "gradient_clip_val": None, "precision": "32-true", **trainer})
+    with pytest.raises(UsageError, match=message):
+        model.setup("fit")
 
 
 def test_negative_images_and_batches_for_another_number_of_seeds_are_refused(data_dir, make_trainer):

@@ -1,5 +1,6 @@
 """Many at once: seeds and learning rates of one small network, trained side by side as one stack of weights."""
 
+import contextvars
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.core.hooks import ModelHooks
+from pytorch_lightning.core.hooks import DataHooks, ModelHooks
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torchmetrics import Metric
@@ -22,7 +23,7 @@ STEPS = (
     *("shared_step", "training_step", "validation_step", "test_step", "predict_step", "backward"),
     *("configure_optimizers", "_optimizer", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"),
     *("configure_callbacks", "configure_gradient_clipping"),
-    *(name for name in vars(ModelHooks) if not name.startswith("_")),
+    *(name for name in (*vars(ModelHooks), *vars(DataHooks)) if not name.startswith("_") and name != "setup"),
 )
 """What a replica does not do by itself, so that a classifier with its own version cannot be replicated."""
 
@@ -257,7 +258,8 @@ def _factory(classifier: ClassifierFactory, data: dict[str, Any]) -> Callable[[i
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            replica = classifier(**data)
+            # not in the context of the command line, where it would take our hyperparameters for its own
+            replica = contextvars.Context().run(classifier, **data)
         if not isinstance(replica, ImageClassifier):
             raise UsageError(f"classifier made a {type(replica).__name__}, which is no ImageClassifier")
         kind = type(replica)
@@ -276,13 +278,13 @@ def _factory(classifier: ClassifierFactory, data: dict[str, Any]) -> Callable[[i
 
 
 def _own_hyperparameters(replica: ImageClassifier, data: dict[str, Any], rate: float | None) -> None:
-    """The command line gives a replica the arguments of the `ReplicatedClassifier`: keep those of its single run."""
+    """A class named on the command line is given the arguments of us all: keep those of the replica's single run."""
     given = replica.hparams.get("classifier")
     if "_class_path" not in replica.hparams or not isinstance(given, Mapping):
         return
     own = copy.deepcopy({**given.get("init_args", {}), **data})
-    if rate is not None and "optimizer" in own:
-        own["optimizer"]["init_args"]["lr"] = rate
+    if rate is not None and isinstance(own.get("optimizer"), dict):
+        own["optimizer"].setdefault("init_args", {})["lr"] = rate
     instantiator = replica.hparams["_instantiator"]
     replica.hparams.clear()
     replica.hparams.update({"_class_path": given["class_path"], **own, "_instantiator": instantiator})
