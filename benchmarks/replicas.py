@@ -37,11 +37,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replicas", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--hidden", type=int, nargs="+", default=[100, 100])
-    parser.add_argument("--model", default="DANNMLP", help="DANNMLP, MLP or ColumnEIMLP")
+    parser.add_argument("--model", default="DANNMLP", help="any with hidden_sizes")
     parser.add_argument("--optimizer", default="SGD")
     parser.add_argument("--rates", type=int, default=1, help="how many learning rates the replicas share")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--block", type=float, default=0.3, help="seconds of each turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -60,10 +61,11 @@ def main() -> None:
             name: Timer("step()", globals={"step": step_of(model, args.batch, args.device)}, num_threads=args.threads)
             for name, model in (("single", classifier()), ("many", many))
         }
+        steps = {name: max(2, int(args.block / timer.timeit(2).mean)) for name, timer in timers.items()}
         rate: dict[str, list[float]] = {name: [] for name in timers}
         for _ in range(args.repeats):
-            rate["single"].append(1 / timers["single"].timeit(100).mean)
-            rate["many"].append(len(many.replicas) / timers["many"].timeit(max(3, 200 // replicas)).mean)
+            for name, at_a_time in (("single", 1), ("many", len(many.replicas))):
+                rate[name].append(at_a_time / timers[name].timeit(steps[name]).mean)
         gain = statistics.median(m / s for m, s in zip(rate["many"], rate["single"], strict=True))
         single, at_once = (statistics.median(rate[name]) for name in ("single", "many"))
         print(f"| {len(many.replicas)} | {single:.0f} | {at_once:.0f} | {gain:.1f} |", flush=True)
