@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lightning_danns.callbacks import CosineStepControl as CosineStepControl
     from lightning_danns.callbacks import DaleProjection as DaleProjection
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
+    from lightning_danns.callbacks import ReplicaCheckpoint as ReplicaCheckpoint
     from lightning_danns.convert import daleify as daleify
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_danns.modules import ConvNet as ConvNet
     from lightning_danns.modules import DANNConvNet as DANNConvNet
     from lightning_danns.modules import ImageClassifier as ImageClassifier
+    from lightning_danns.modules import ReplicatedClassifier as ReplicatedClassifier
     from lightning_danns.optim import DiagonalNGD as DiagonalNGD
     from lightning_danns.optim import fisher_param_groups as fisher_param_groups
 
@@ -36,8 +38,11 @@ __version__ = "0.1.0"
 _ROOMS = {
     "layers": ("ColumnEILinear", "DANNConv2d", "DANNLinear", "DaleModule", "project_"),
     "optim": ("DiagonalNGD", "fisher_param_groups"),
-    "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping"),
-    "modules": ("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG", "ImageClassifier", "MLP", "VGG"),
+    "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping", "ReplicaCheckpoint"),
+    "modules": (
+        *("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG"),
+        *("ImageClassifier", "MLP", "ReplicatedClassifier", "VGG"),
+    ),
     "convert": ("daleify",),
     "data": (
         "CIFAR10DataModule",

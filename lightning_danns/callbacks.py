@@ -1,6 +1,8 @@
 """Dale's principle during a Lightning fit: weights are projected before anyone can look."""
 
+import csv
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -145,3 +147,49 @@ class CosineStepControl(_StepControl):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         limit_clamping_(pl_module, optimizer, self.epsilon, self.halvings)
+
+
+class ReplicaCheckpoint(pl.callbacks.Checkpoint):
+    """Saves every replica of a `ReplicatedClassifier` as an ordinary checkpoint, and the metrics of all as one table.
+
+    `ReplicatedClassifier` attaches it where the Trainer saves checkpoints. It writes into the folder of the log
+
+        replicas.csv                        a row for each replica and epoch: its seed, learning rate and metrics
+        replicas/3/checkpoints/best.ckpt    replica 3 at its highest validation accuracy
+        replicas/3/checkpoints/last.ckpt    replica 3 after the last epoch
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._best: dict[int, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows, "best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows, self._best = list(state_dict["rows"]), dict(state_dict["best"])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder = Path(str(trainer.log_dir))
+        for row in pl_module.table(trainer.callback_metrics):
+            index, accuracy = row["replica"], row.get("val_accuracy", float("-inf"))
+            self._rows.append({"epoch": trainer.current_epoch, **row})
+            checkpoints = folder / "replicas" / str(index) / "checkpoints"
+            pl_module.save_replica(index, checkpoints / "last.ckpt")
+            if accuracy > self._best.get(index, float("-inf")):
+                self._best[index] = accuracy
+                pl_module.save_replica(index, checkpoints / "best.ckpt")
+        self._write(self._rows, folder)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._write(pl_module.table(trainer.callback_metrics), Path(str(trainer.log_dir)))
+
+    @staticmethod
+    def _write(rows: list[dict[str, Any]], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "replicas.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)

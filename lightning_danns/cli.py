@@ -12,10 +12,12 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from pickle import UnpicklingError
+from statistics import mean, stdev
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
+import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -216,8 +218,11 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         if self.trainer.global_step == 0:
             raise UsageError("nothing was trained: max_epochs, max_steps and limit_train_batches must be above 0")
-        paths = [callback.best_model_path for callback in self.trainer.checkpoint_callbacks]  # type: ignore[attr-defined]
+        callbacks = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        paths = [callback.best_model_path for callback in callbacks]
         self._print_summary([_short(path) for path in paths if os.path.exists(path)])
+        if isinstance(self.model, modules.ReplicatedClassifier) and (self.folder / "replicas").exists():
+            self._make_run_folders(self.model)
 
     def after_validate(self) -> None:
         self._print_summary([])
@@ -242,13 +247,51 @@ class CLI(LightningCLI):
     @rank_zero_only
     def _print_summary(self, checkpoints: list[str]) -> None:
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        print("\n" + "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items())))
+        # of one replica (val_accuracy/3) below and in replicas.csv
+        print("\n" + "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()) if "/" not in name))
+        if isinstance(self.model, modules.ReplicatedClassifier):
+            print("\n".join(_by_learning_rate(self.model.table(metrics))))
         print(f"run folder: {self.folder}")
         for path in checkpoints:
             print(f"{Path(path).stem} weights: {path}")
         if checkpoints:
             config = self.folder / "config.yaml"
             print(f"test them:  python {sys.argv[0]} test --config {config} --ckpt_path {checkpoints[0]}")
+
+    @rank_zero_only
+    def _make_run_folders(self, model: modules.ReplicatedClassifier) -> None:
+        """Give each replica the config of its single run, so that its folder is a run folder like any other."""
+        text = (self.folder / "config.yaml").read_text()
+        for index, replica in enumerate(model.replicas):
+            config: dict[str, Any] = yaml.safe_load(text)
+            folder = self.folder / "replicas" / str(index)
+            config |= {"seed_everything": model.settings(index)["seed"], "run_dir": str(folder), "ckpt_path": None}
+            single = dict(replica.hparams)
+            if "_class_path" not in single:
+                return  # made by somebody's function, which no config can name
+            config["model"] = {"class_path": single.pop("_class_path"), "init_args": single}
+            for name in ("_instantiator", "input_shape", "num_classes"):  # the sizes come from the data
+                single.pop(name, None)
+            orders = config["data"].get("init_args", {}).get("order_seed")
+            if isinstance(orders, list):
+                config["data"]["init_args"]["order_seed"] = orders[index % len(orders)]
+            (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        example = self.folder / "replicas" / "0" / "config.yaml"
+        print(f"test replica 0:  python {sys.argv[0]} test --config {example} --ckpt_path best")
+
+
+def _by_learning_rate(table: list[dict[str, Any]]) -> list[str]:
+    """Mean and standard deviation over seeds of each accuracy, a line for each learning rate."""
+    lines = []
+    for rate in dict.fromkeys(row.get("learning_rate") for row in table):
+        rows = [row for row in table if row.get("learning_rate") == rate]
+        line = f"{len(rows)} seeds:" if rate is None else f"learning rate {rate:g}, {len(rows)} seeds:"
+        for name in rows[0]:
+            if name.endswith("_accuracy"):
+                values = [row[name] for row in rows]
+                line += f"  {name} {mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+        lines.append(line)
+    return lines
 
 
 def _redraw_seldom(callbacks: list[pl.Callback], configured: list[pl.Callback]) -> None:

@@ -1,5 +1,8 @@
 """Fixtures shared by the tests: reference arrays, tiny data sets, a quiet Trainer."""
 
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +63,27 @@ def make_trainer(tmp_path):
         return pl.Trainer(**{**quiet, **kwargs})
 
     return make
+
+
+@pytest.fixture
+def run(data_dir, monkeypatch, capsys):
+    """Runs the command line in this process, in a folder that holds a small data/mnist.npz."""
+    import lightning_danns.cli as cli
+
+    monkeypatch.chdir(data_dir)
+    os.makedirs("data")
+    shutil.copy("mnist.npz", "data")
+
+    def run(*args, status=0):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
+        capsys.readouterr()
+        if status == 0:
+            cli.main()
+        else:
+            with pytest.raises(SystemExit) as exit_info:
+                cli.main()
+            assert exit_info.value.code == status
+        out, err = capsys.readouterr()
+        return out + err
+
+    return run

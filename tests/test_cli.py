@@ -1,8 +1,6 @@
 """The command line: one folder per run, and commands that follow on each other (refusals: test_wrong_use)."""
 
 import csv
-import os
-import shutil
 import sys
 
 import numpy as np
@@ -13,28 +11,6 @@ from conftest import QUIET, SMALL
 
 import lightning_danns.cli as cli
 from lightning_danns import DANNMLP
-
-
-@pytest.fixture
-def run(data_dir, monkeypatch, capsys):
-    """Runs the command line in this process, in a folder that holds a small data/mnist.npz."""
-    monkeypatch.chdir(data_dir)
-    os.makedirs("data")
-    shutil.copy("mnist.npz", "data")
-
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        capsys.readouterr()
-        if status == 0:
-            cli.main()
-        else:
-            with pytest.raises(SystemExit) as exit_info:
-                cli.main()
-            assert exit_info.value.code == status
-        out, err = capsys.readouterr()
-        return out + err
-
-    return run
 
 
 def fit(run, *args, run_dir="run", **kwargs):

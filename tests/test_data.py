@@ -62,6 +62,36 @@ def test_images_are_kept_as_bytes_and_served_as_unit_floats(data_dir):
         assert labels.tolist() == file["y_test"][:30].tolist()
 
 
+def test_an_order_seed_sets_the_order_of_every_epoch_alone(data_dir):
+    def epochs(**kwargs):
+        loader = loaded(data_dir, **kwargs).train_dataloader()
+        return [torch.cat([labels for _, labels in loader], -1) for _ in range(2)]
+
+    torch.manual_seed(1)
+    first, second = epochs(order_seed=5)
+    torch.manual_seed(2)
+    assert torch.equal(torch.stack(epochs(order_seed=5)), torch.stack([first, second]))
+    loader = loaded(data_dir, order_seed=5).train_dataloader()
+    loader.sampler.set_epoch(1)  # a resumed run starts here
+    assert torch.equal(torch.cat([labels for _, labels in loader]), second)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, epochs(order_seed=6)[0])
+    loader.sampler.set_epoch(2)
+    assert sorted(torch.cat([index.samples for index in loader.sampler]).tolist()) == list(range(150))
+
+
+def test_a_list_of_order_seeds_serves_each_its_own_batches(data_dir):
+    together = loaded(data_dir, order_seed=[5, 9]).train_dataloader()
+    alone = [loaded(data_dir, order_seed=seed).train_dataloader() for seed in (5, 9)]
+    assert len(together) == len(alone[0]) == 5
+    for (images, labels), *singles in zip(together, *alone, strict=True):
+        assert torch.equal(images, torch.stack([single[0] for single in singles]))
+        assert torch.equal(labels, torch.stack([single[1] for single in singles]))
+    for wrong in ([], -1, [3, -1]):
+        with pytest.raises(UsageError, match="order_seed"):
+            MNISTDataModule(str(data_dir), order_seed=wrong)
+
+
 def test_an_epoch_serves_every_training_image_once_in_a_seeded_order(data_dir):
     module = loaded(data_dir, batch_size=7)
 

@@ -181,6 +181,25 @@ def test_negative_inputs_are_refused_by_layer_and_value_once():
     model(x)  # checked once, and not again
 
 
+def test_inputs_by_keyword_nan_and_copies_of_a_checked_model():
+    for call in (lambda layer: layer(torch.full((2, 6), math.nan)), lambda layer: layer(x=-torch.rand(2, 6))):
+        layer = DANNLinear(6, 5, 2)
+        refuse_negative_inputs(layer)
+        with pytest.raises(UsageError, match="must be >= 0"):
+            call(layer)
+    layer = DANNLinear(6, 5, 2)
+    refuse_negative_inputs(layer)
+    copy.deepcopy(layer)(torch.rand(2, 6))
+
+
+def test_one_name_without_its_comma_is_refused():
+    class Single(DaleModule):
+        nonnegative = "W"
+
+    with pytest.raises(UsageError, match="Single.nonnegative='W' is a string"):
+        project_(Single())
+
+
 def test_ending_the_input_check_removes_it():
     layer = DANNLinear(6, 5, 2)
     refuse_negative_inputs(layer)()

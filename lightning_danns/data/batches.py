@@ -33,7 +33,8 @@ class EvenBatchSampler(DistributedSampler, SequentialSampler):
         n: number of samples.
         batch_size: samples per batch and process.
         shuffle: whether each epoch has a new order; otherwise it is that of the data set.
-        seed: of all orders and of everything that is drawn for a batch.
+        seed: of all orders and of everything that is drawn for a batch. With a list of seeds, each step serves a list
+            of batches: for each seed its own, as a sampler with that seed alone would.
         process: rank of this process, and how many there are; those of `torch.distributed` if not given.
 
     Attributes:
@@ -45,9 +46,15 @@ class EvenBatchSampler(DistributedSampler, SequentialSampler):
     """
 
     def __init__(
-        self, n: int, batch_size: int, shuffle: bool = False, seed: int = 0, process: tuple[int, int] | None = None
+        self,
+        n: int,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int | list[int] = 0,
+        process: tuple[int, int] | None = None,
     ) -> None:
-        self.n, self.batch_size, self.shuffle, self.seed = n, batch_size, shuffle, seed
+        self.n, self.batch_size, self.shuffle = n, batch_size, shuffle
+        self.seed: int | list[int] = seed  # type: ignore[assignment]
         self._process = process
         self.epoch = self.done = 0
         len(self)  # refuses too few
@@ -73,22 +80,29 @@ class EvenBatchSampler(DistributedSampler, SequentialSampler):
         if epoch != self.epoch:
             self.epoch, self.done = epoch, 0
 
-    def __iter__(self) -> Iterator[BatchIndex]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[BatchIndex | list[BatchIndex]]:  # type: ignore[override]
+        if isinstance(self.seed, int):
+            yield from self._batches(self.seed)
+        else:
+            yield from map(list, zip(*(self._batches(seed) for seed in self.seed), strict=True))
+
+    def _batches(self, seed: int) -> Iterator[BatchIndex]:
         order = torch.arange(self.n)
         if self.shuffle:
-            generator = torch.Generator().manual_seed(self.seed_of("order", self.epoch))
+            generator = torch.Generator().manual_seed(seed_of(seed, "order", self.epoch))
             order = torch.randperm(self.n, generator=generator)
         rank, world_size = self.process
         parts = len(self) * world_size
         for k in range(self.done, len(self)):
             part = k * world_size + rank
             samples = order[part * self.n // parts : (part + 1) * self.n // parts]
-            yield BatchIndex(samples, self.seed_of("images", self.epoch, k, rank))
+            yield BatchIndex(samples, seed_of(seed, "images", self.epoch, k, rank))
 
-    def seed_of(self, purpose: str, *position: int) -> int:
-        """A seed for what is drawn for one purpose at one position, unrelated to those of others."""
-        name = repr((self.seed, purpose, *position)).encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest())  # fits a seed of 63 bits
+
+def seed_of(seed: int | list[int], purpose: str, *position: int) -> int:
+    """A seed for what is drawn for one purpose at one position, unrelated to those of others."""
+    name = repr((seed, purpose, *position)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest())  # fits a seed of 63 bits
 
 
 def seed_generators_(seed: int) -> None:
@@ -119,16 +133,16 @@ class ResumableLoader(DataLoader):
         self._resumed = False
         rank, _ = sampler.process
         for batch in super().__iter__():
-            seed_generators_(sampler.seed_of("step", sampler.epoch, sampler.done, rank))
+            seed_generators_(seed_of(sampler.seed, "step", sampler.epoch, sampler.done, rank))
             sampler.done += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where it is, and the seed that all follows from."""
         sampler = self.sampler
         return {"seed": sampler.seed, "epoch": sampler.epoch, "done": sampler.done, "batches": len(sampler)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go there; the next iteration starts with the batch after, or with the next epoch.
 
         Raises:

@@ -28,6 +28,9 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(index, list) and all(isinstance(one, BatchIndex) for one in index):
+            batches = [self[one] for one in index]
+            return torch.stack([images for images, _ in batches]), torch.stack([labels for _, labels in batches])
         if not isinstance(index, BatchIndex):
             return self.images[index].float().div_(255), self.labels[index]
         images = self.images[index.samples]
@@ -81,6 +84,9 @@ class ImageDataModule(pl.LightningDataModule):
             0 trains on all of them.
         split_seed: seed of that split, independent of the seed of training.
         num_workers: processes that prepare batches; 0 is fastest here unless the transform is slow.
+        order_seed: seed of the order of training images, independent of the seed of training, which sets it if this
+            is not given. A list serves a batch of its own for each seed, images (seeds, batch_size, C, H, W), to
+            `ReplicatedClassifier`.
 
     Raises:
         UsageError: the data file is missing and cannot be made, is damaged, or is not the data set that it should
@@ -100,6 +106,7 @@ class ImageDataModule(pl.LightningDataModule):
         val_size: int | None = None,
         split_seed: int = 0,
         num_workers: int = 0,
+        order_seed: int | list[int] | None = None,
     ) -> None:
         super().__init__()
         if val_size is None:
@@ -112,9 +119,11 @@ class ImageDataModule(pl.LightningDataModule):
             raise UsageError(f"split_seed={split_seed}: it must be from 0 to 2^63 - 1")
         if num_workers < 0:
             raise UsageError(f"num_workers={num_workers}: it must be 0 (no extra process) or more")
+        if order_seed is not None and (order_seed == [] or min(np.atleast_1d(order_seed)) < 0):
+            raise UsageError(f"order_seed={order_seed}: give a seed that is not negative, or a list of such")
         self.save_hyperparameters()
         self.data_dir, self.batch_size, self.val_size = data_dir, batch_size, val_size
-        self.split_seed, self.num_workers = split_seed, num_workers
+        self.split_seed, self.num_workers, self.order_seed = split_seed, num_workers, order_seed
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
@@ -164,7 +173,7 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         # under overfit_batches, Lightning takes the first batches of an order that must stay
         fixed = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return ResumableLoader(**self._loader_arguments(self.train_set, shuffle=not fixed))
+        return ResumableLoader(**self._loader_arguments(self.train_set, shuffle=not fixed, order_seed=self.order_seed))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         return DataLoader(**self._loader_arguments(self.val_set)) if self.val_size else []
@@ -175,9 +184,11 @@ class ImageDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader:
         return DataLoader(**self._loader_arguments(self.test_set))
 
-    def _loader_arguments(self, dataset: ImageDataset | None, shuffle: bool = False) -> dict[str, Any]:
+    def _loader_arguments(
+        self, dataset: ImageDataset | None, shuffle: bool = False, order_seed: int | list[int] | None = None
+    ) -> dict[str, Any]:
         dataset = _loaded(dataset)
-        seed, process = torch.initial_seed(), None
+        seed, process = torch.initial_seed() if order_seed is None else order_seed, None
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # one order for all processes
             distributed = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}

@@ -54,6 +54,11 @@ class DaleModule(nn.Module):
 
     def nonnegative_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that must stay >= 0."""
+        if isinstance(self.nonnegative, str):
+            raise UsageError(
+                f"{type(self).__name__}.nonnegative={self.nonnegative!r} is a string: give a tuple of names, with a "
+                "comma after a single one"
+            )
         for name in self.nonnegative:
             parameter = getattr(self, name)
             if parameter is None:
@@ -105,20 +110,22 @@ def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
     """
     handles: dict[nn.Module, tuple[str, RemovableHandle]] = {}
 
-    def check(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def check(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if layer not in handles:  # a copy of one
+            return
         name, handle = handles.pop(layer)
         handle.remove()
-        if args and isinstance(args[0], Tensor) and bool((args[0] < 0).any()):
-            lowest = float(args[0].detach().min())
+        x = next(iter((*args, *kwargs.values())), None)
+        if isinstance(x, Tensor) and not bool((x >= 0).all()):
             raise UsageError(
-                f"layer {name!r} ({type(layer).__name__}) received an input of {lowest:.4g}, but "
+                f"layer {name!r} ({type(layer).__name__}) received an input of {float(x.detach().min()):.4g}, but "
                 "its inputs must be >= 0: give it pixels in [0, 1] (not normalised by mean and std) or the "
                 "output of a ReLU"
             )
 
     for name, layer in dale_layers(model):
         if layer.nonnegative_inputs:
-            handles[layer] = (name, layer.register_forward_pre_hook(check))
+            handles[layer] = (name, layer.register_forward_pre_hook(check, with_kwargs=True))
 
     def end() -> None:
         for _, handle in handles.values():

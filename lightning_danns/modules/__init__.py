@@ -2,5 +2,16 @@
 
 from lightning_danns.modules.base import ImageClassifier
 from lightning_danns.modules.models import DANNMLP, DANNVGG, MLP, VGG, ColumnEIMLP, ConvNet, DANNConvNet
+from lightning_danns.modules.replicated import ReplicatedClassifier
 
-__all__ = ["DANNMLP", "DANNVGG", "MLP", "VGG", "ColumnEIMLP", "ConvNet", "DANNConvNet", "ImageClassifier"]
+__all__ = [
+    "DANNMLP",
+    "DANNVGG",
+    "MLP",
+    "VGG",
+    "ColumnEIMLP",
+    "ConvNet",
+    "DANNConvNet",
+    "ImageClassifier",
+    "ReplicatedClassifier",
+]

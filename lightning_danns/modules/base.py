@@ -116,8 +116,8 @@ class ImageClassifier(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         # What Lightning would do after the epoch's checkpoint is done before it here: a run that is killed between the
         # two would go on without the logged metrics, and without a step of ReduceLROnPlateau.
+        metrics = {name: float(value) for name, value in self._epoch_metrics("train").items()}
         self._log_epoch("train", logger=False)
-        metrics = {name: float(self.metrics[name].compute()) for name in TRAIN_METRICS}
         for logger in self.loggers:
             logger.log_metrics({**metrics, "epoch": self.current_epoch}, self.global_step - 1)
             logger.save()
@@ -133,6 +133,9 @@ class ImageClassifier(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
+
+    def _epoch_metrics(self, stage: str) -> dict[str, Tensor]:
+        return {name: self.metrics[name].compute() for name in (f"{stage}_loss", f"{stage}_accuracy")}
 
     def _log_epoch(self, stage: str, logger: bool = True) -> None:
         for name in (f"{stage}_loss", f"{stage}_accuracy"):
@@ -205,7 +208,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Within an epoch, keep what its metrics have counted in all processes."""
-        if not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        if self._trainer and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             checkpoint["train_metrics"] = {name: _counts(self.metrics[name]) for name in TRAIN_METRICS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -215,6 +218,11 @@ class ImageClassifier(pl.LightningModule):
         if self.strict_loading and "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere
             _refuse_other_network(self, checkpoint)
         if self.trainer.training:
+            if "state_dict" in checkpoint and "optimizer_states" not in checkpoint:
+                raise UsageError(
+                    "the checkpoint holds weights alone (those of a replica do), so a fit cannot continue from it: "
+                    "test it, or start anew from its weights (load_from_checkpoint)"
+                )
             for state in checkpoint.get("optimizer_states", [])[:1]:
                 _refuse_other_optimizer(self._optimizer().param_groups, state["param_groups"])
             if self.trainer.is_global_zero:  # the counts are those of all processes

@@ -5,7 +5,7 @@ The factors ask that a step in each kind of parameter changes the output distrib
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -115,6 +115,13 @@ def group_of_parameters(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, An
     return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
 
 
+def _of_one_base(optimizer: Optimizer) -> Iterator[Groups]:
+    """The groups that share a base rate: all, unless replicas have some of their own (``base_lr``)."""
+    bases = dict.fromkeys(group.get("base_lr") for group in optimizer.param_groups)
+    for base in bases:
+        yield [group for group in optimizer.param_groups if group.get("base_lr") == base]
+
+
 def scale_learning_rates_(optimizer: Optimizer) -> None:
     """Multiply each group's learning rate by its ``lr_scale``. Call it once, before a scheduler is built.
 
@@ -124,15 +131,16 @@ def scale_learning_rates_(optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     if not all("lr" in group for group in optimizer.param_groups):
         raise UsageError(f"{name} has no learning rate lr, which the learning-rate factors could scale")
-    rates = {float(group["lr"]) for group in optimizer.param_groups}
-    if not all(0 <= rate < math.inf for rate in rates):
-        raise UsageError(f"learning rate lr={max(rates)} of {name}: it must be finite and at least 0")
-    if len(rates) > 1:
-        raise UsageError(
-            f"learning rates of {name} from {min(rates):.4g} to {max(rates):.4g}: the groups must have one base rate, "
-            "to which the factors are applied once (by fisher_param_groups(lr=...), scale_learning_rates_ or "
-            "fisher_optimizer)"
-        )
+    for groups in _of_one_base(optimizer):
+        rates = {float(group["lr"]) for group in groups}
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise UsageError(f"learning rate lr={max(rates)} of {name}: it must be finite and at least 0")
+        if len(rates) > 1:
+            raise UsageError(
+                f"learning rates of {name} from {min(rates):.4g} to {max(rates):.4g}: the groups must have one base "
+                "rate, to which the factors are applied once (by fisher_param_groups(lr=...), scale_learning_rates_ or "
+                "fisher_optimizer)"
+            )
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_scale"]  # not in place: groups may share one tensor
 
@@ -162,7 +170,8 @@ def fisher_optimizer(factory: Callable[[Groups], Optimizer], groups: Groups) -> 
 def require_factors(optimizer: Optimizer, culprit: str) -> None:
     """Refuse learning rates that are no longer one base rate times each group's ``lr_scale``.
 
-    An optimizer without any ``lr_scale`` is somebody's own and passes.
+    An optimizer without any ``lr_scale`` is somebody's own and passes. Groups of replicas with another ``base_lr`` of
+    their own are compared among themselves.
 
     Raises:
         UsageError: names ``culprit``, the two groups that differ most, and what to use instead.
@@ -175,16 +184,17 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
             f"{culprit} added a parameter group without learning-rate factors: make it with "
             "fisher_param_groups(layer, lr=...)"
         )
-    rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in groups]
-    high, high_name = max(rates)
-    for low, low_name in sorted(rates):
-        # below 1e-30 rates have decayed to nothing, and lose digits; a NaN is equal to none
-        if not high - low <= max(1e-6 * abs(high), 1e-30):
-            raise UsageError(
-                f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in group "
-                f"{low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
-                f"({KEEPS_RATIOS}), or correction='none'"
-            )
+    for ours in _of_one_base(optimizer):
+        rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in ours]
+        high, high_name = max(rates)
+        for low, low_name in sorted(rates):
+            # below 1e-30 rates have decayed to nothing, and lose digits; a NaN is equal to none
+            if not high - low <= max(1e-6 * abs(high), 1e-30):
+                raise UsageError(
+                    f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in "
+                    f"group {low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
+                    f"({KEEPS_RATIOS}), or correction='none'"
+                )
 
 
 def rehearse_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer, steps: int = 1000) -> None:

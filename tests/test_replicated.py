@@ -1,0 +1,318 @@
+"""Many replicas in one process: each is the single run of its seed and learning rate."""
+
+import copy
+import csv
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_danns import (
+    DANNMLP,
+    MLP,
+    ColumnEIMLP,
+    ConvNet,
+    DANNConvNet,
+    DiagonalNGD,
+    ImageClassifier,
+    LayerGradientClipping,
+    MNISTDataModule,
+    ReplicatedClassifier,
+    UsageError,
+    project_,
+)
+from lightning_danns.testing import assert_dale
+
+SGD = functools.partial(torch.optim.SGD, lr=0.05)
+MOMENTUM = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=1e-3)
+ADAM = functools.partial(torch.optim.Adam, lr=0.01)
+SMALL = functools.partial(DANNMLP, hidden_sizes=[12, 9], ni=[3, 2])
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture
+def data(data_dir):
+    return MNISTDataModule(str(data_dir), val_size=50, order_seed=5)
+
+
+def single(classifier, seed, rate=None):
+    """The classifier of a run of its own: its seed alone, and its learning rate in its optimizer."""
+    torch.manual_seed(seed)
+    model = classifier()
+    if rate is not None:
+        factory = model.optimizer_factory
+        model.optimizer_factory = functools.partial(factory.func, **{**factory.keywords, "lr": rate})
+    return model
+
+
+def assert_same(replica, run, **tolerance):
+    for (name, ours), theirs in zip(replica.state_dict().items(), run.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+CLASSIFIERS = pytest.mark.parametrize(
+    "classifier",
+    [
+        SMALL,
+        functools.partial(DANNMLP, hidden_sizes=[12], divisive=False, correction="none"),
+        functools.partial(ColumnEIMLP, hidden_sizes=[22]),
+        functools.partial(MLP, hidden_sizes=[12], norm="layer"),
+        functools.partial(MLP, hidden_sizes=[12], norm="batch"),
+        functools.partial(DANNConvNet, channels=[4, 6], hidden_sizes=[8]),
+        functools.partial(ConvNet, channels=[4], hidden_sizes=[8], norm="batch"),
+    ],
+    ids=["dann", "subtractive", "column_ei", "layernorm", "batchnorm", "dann_conv", "conv_batchnorm"],
+)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+@CLASSIFIERS
+def test_a_replica_is_the_single_run_of_its_seed_and_rate(classifier, optimizer, data, make_trainer):
+    classifier = functools.partial(classifier, optimizer=optimizer)
+    precise = {"precision": "64-true", "max_epochs": 3}
+    rates = [0.02, 0.003]
+    model = ReplicatedClassifier(classifier, seeds=[3, 8], learning_rates=rates)
+    together = make_trainer(**precise)
+    together.fit(model, datamodule=data)
+    for index, (rate, seed) in enumerate([(rates[0], 3), (rates[0], 8), (rates[1], 3), (rates[1], 8)]):
+        if index in (0, 3):
+            run, alone = single(classifier, seed, rate), make_trainer(**precise)
+            alone.fit(run, datamodule=data)
+            assert_same(model.replicas[index], run, rtol=1e-6, atol=1e-8)
+            for name in alone.logged_metrics:
+                assert together.logged_metrics[f"{name}/{index}"] == pytest.approx(float(alone.logged_metrics[name]))
+
+
+@CLASSIFIERS
+def test_in_single_precision_they_are_the_same_up_to_its_rounding(classifier):
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    classifier = functools.partial(classifier, optimizer=SGD)
+    many, run = ReplicatedClassifier(classifier, [3, 8]), single(classifier, 8)
+    for model in (many, run):
+        optimizer = model.configure_optimizers()
+        for _ in range(5):
+            optimizer.zero_grad()
+            model.shared_step((images, labels), "train").backward()
+            optimizer.step()
+            project_(model)
+    assert_same(many.replicas[1], run, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(many(images)[:, 1], run(images), rtol=1e-3, atol=1e-3)
+
+
+def fit_four(data, make_trainer, classifier=SMALL, optimizer=SGD, **options):
+    """Seeds 3 and 8 with rates 0.02 and 0.003; the third has seed 3 and rate 0.003."""
+    model = ReplicatedClassifier(functools.partial(classifier, optimizer=optimizer), [3, 8], [0.02, 0.003])
+    trainer = make_trainer(**options)
+    trainer.fit(model, datamodule=data)
+    return model, trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_each_seed_can_have_the_batches_of_its_own_run(accumulate, data_dir, make_trainer):
+    options = {"precision": "64-true", "max_epochs": 2, "accumulate_grad_batches": accumulate}
+    together = MNISTDataModule(str(data_dir), val_size=50, order_seed=[11, 12])
+    model, _ = fit_four(together, make_trainer, optimizer=MOMENTUM, **options)
+    for index, (seed, rate, order) in enumerate([(3, 0.02, 11), (8, 0.02, 12), (3, 0.003, 11), (8, 0.003, 12)]):
+        run = single(functools.partial(SMALL, optimizer=MOMENTUM), seed, rate)
+        alone = MNISTDataModule(str(data_dir), val_size=50, order_seed=order)
+        make_trainer(**options).fit(run, datamodule=alone)
+        assert_same(model.replicas[index], run, rtol=1e-6, atol=1e-9)
+
+
+def test_schedules_and_step_controls_act_on_each_replica_as_on_its_single_run(data, make_trainer):
+    classifier = functools.partial(
+        SMALL, optimizer=SGD, lr_scheduler=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1)
+    )
+    options = {"precision": "64-true", "max_epochs": 2}
+    model, _ = fit_four(data, make_trainer, classifier, callbacks=[LayerGradientClipping(0.05)], **options)
+    run = single(classifier, 3, 0.003)
+    make_trainer(callbacks=[LayerGradientClipping(0.05)], **options).fit(run, datamodule=data)
+    assert_same(model.replicas[2], run, rtol=1e-6, atol=1e-9)
+
+
+def test_a_loop_without_a_trainer_gets_the_gradients_of_each_replica():
+    model = ReplicatedClassifier(SMALL, [0, 1]).double()
+    images, labels = torch.rand(6, 1, 28, 28).double(), torch.arange(6)
+    for times in (1, 2):  # gradients add up until they are cleared
+        model.shared_step((images, labels), "train").backward()
+        for seed, replica in enumerate(model.replicas):
+            run = single(SMALL, seed).double()
+            (times * nn.functional.cross_entropy(run(images), labels)).backward()
+            for ours, theirs in zip(replica.parameters(), run.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("move", ["data", "assign", "to float32", "copy"])
+def test_weights_given_new_memory_are_those_that_are_used(move):
+    model, x = ReplicatedClassifier(SMALL, [0, 1]).double(), torch.rand(2, 1, 28, 28).double()
+    before = model(x)
+    if move == "data":
+        model.replicas[1].network[-1].b.data = torch.ones(10).double()
+    elif move == "assign":
+        model.load_state_dict({k: v + k.endswith("1.network.5.b") for k, v in model.state_dict().items()}, assign=True)
+    elif move == "copy":
+        model, x = copy.deepcopy(model), x
+        model.replicas[1].network[-1].b.data.fill_(1)
+    else:
+        model, x, before = model.float(), x.float(), before.float()
+    after = model(x)
+    assert after.dtype == x.dtype
+    torch.testing.assert_close(after[:, 0], before[:, 0], atol=1e-4, rtol=1e-4)
+    for k, replica in enumerate(model.replicas):
+        torch.testing.assert_close(after[:, k], replica(x), atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_draws_other_units_for_each_replica():
+    class Thinned(ImageClassifier):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+
+    model = ReplicatedClassifier(Thinned, [0, 1])
+    model.replicas[1].load_state_dict(model.replicas[0].state_dict())
+    x = torch.rand(3, 1, 28, 28)
+    same, other = model.eval()(x), model.train()(x)
+    torch.testing.assert_close(same[:, 0], same[:, 1])
+    assert not torch.isclose(other[:, 0], other[:, 1]).any()
+
+
+def test_all_replicas_obey_dale_and_a_run_resumes_where_it_stopped(data, make_trainer, tmp_path):
+    straight, _ = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=3)
+    _, first = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2, enable_checkpointing=True)
+    first.save_checkpoint(tmp_path / "two.ckpt")
+    resumed = ReplicatedClassifier(functools.partial(SMALL, optimizer=MOMENTUM), [3, 8], [0.02, 0.003])
+    trainer = make_trainer(max_epochs=3, enable_checkpointing=True)
+    trainer.fit(resumed, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    assert_dale(resumed)
+    assert_same(resumed, straight)
+    with open(tmp_path / "replicas.csv") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+    again = ReplicatedClassifier.load_from_checkpoint(tmp_path / "two.ckpt", classifier=SMALL)
+    assert (again.seeds, again.learning_rates) == ([3, 8], [0.02, 0.003])
+
+
+def test_each_replica_is_saved_with_its_best_weights_and_all_metrics_in_one_table(data, make_trainer, tmp_path):
+    model, trainer = fit_four(data, make_trainer, max_epochs=3, enable_checkpointing=True)
+    with open(tmp_path / "replicas.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["replica"], row["seed"], row["learning_rate"]) for row in rows[4:8]] == [
+        ("1", "0", "3", "0.02"),
+        ("1", "1", "8", "0.02"),
+        ("1", "2", "3", "0.003"),
+        ("1", "3", "8", "0.003"),
+    ]
+    last = [float(row["val_accuracy"]) for row in rows[8:]]
+    assert last == pytest.approx([float(trainer.callback_metrics[f"val_accuracy/{k}"]) for k in range(4)])
+    assert sum(last) / 4 == pytest.approx(float(trainer.callback_metrics["val_accuracy"]))
+    for k in range(4):
+        folder = tmp_path / "replicas" / str(k) / "checkpoints"
+        assert_same(DANNMLP.load_from_checkpoint(folder / "last.ckpt"), model.replica(k))
+        best = DANNMLP.load_from_checkpoint(folder / "best.ckpt")
+        (validated,) = make_trainer().validate(best, datamodule=data, verbose=False)
+        assert validated["val_accuracy"] == pytest.approx(max(float(row["val_accuracy"]) for row in rows[k::4]))
+        assert (folder / "last.ckpt").stat().st_size < 2 * sum(p.numel() * 4 for p in best.parameters())
+
+
+def test_the_folder_of_a_replica_is_the_folder_of_its_single_run(run, data_dir):
+    output = run(
+        *("fit", "--model=ReplicatedClassifier", "--model.classifier=DANNMLP", "--model.classifier.hidden_sizes=[12]"),
+        *("--model.seeds=[0,1]", "--model.learning_rates=[0.02,0.05]", "--data=MNISTDataModule", "--data.val_size=50"),
+        *("--data.order_seed=[5,6]", "--trainer.max_epochs=2", "--run_dir=many", *QUIET),
+    )
+    assert "learning rate 0.05, 2 seeds:  val_accuracy 0." in output
+    run("fit", "--config=many/replicas/3/config.yaml", "--run_dir=alone")
+    many, alone = (
+        DANNMLP.load_from_checkpoint(data_dir / folder / "checkpoints" / "last.ckpt")
+        for folder in ("many/replicas/3", "alone")
+    )
+    assert_same(many, alone, rtol=1e-3, atol=1e-4)
+    command = output.split("test replica 0:  python train.py ")[1].split()
+    assert "test_accuracy" in run(*command)
+    assert (data_dir / "many" / "replicas" / "0" / "test" / "metrics.csv").exists()
+    run("test", "--config=many/config.yaml", "--ckpt_path=best")
+    with open(data_dir / "many" / "test" / "replicas.csv") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1", "0", "1"]
+    refused = run("fit", "--config=many/replicas/3/config.yaml", "--ckpt_path=last", status=2)
+    assert "holds weights alone" in refused
+
+
+class OwnLoss(DANNMLP):
+    def shared_step(self, batch, stage):
+        return super().shared_step(batch, stage) / 2
+
+
+class NoNetwork(ImageClassifier):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": []}, r"seeds=\[\]: give at least one"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\].*none twice"),
+        ({"learning_rates": []}, r"learning_rates=\[\]"),
+        ({"learning_rates": [0.1, -1]}, r"learning_rates=\[0.1, -1\]: all must be positive"),
+        ({"classifier": DANNMLP(hidden_sizes=[3])}, "give what makes one"),
+        ({"classifier": nn.Identity}, "made a Identity, which is no ImageClassifier"),
+        ({"classifier": NoNetwork}, "NoNetwork has no parameters: set self.network"),
+        ({"classifier": OwnLoss}, "OwnLoss has its own shared_step"),
+        ({"classifier": functools.partial(ReplicatedClassifier, SMALL, [0])}, "ReplicatedClassifier has its own"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        ReplicatedClassifier(**{"classifier": SMALL, "seeds": [0, 1], **arguments})
+
+
+PLATEAU = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, eps=0)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        ({"lr_scheduler": PLATEAU}, "ReduceLROnPlateau follows one validation loss"),
+        ({"optimizer": DiagonalNGD, "correction": "none"}, "DiagonalNGD estimates"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS doesn't support per-parameter options"),
+    ],
+)
+def test_an_optimizer_or_schedule_that_would_tie_the_replicas_together_is_refused(classifier, message):
+    model = ReplicatedClassifier(functools.partial(SMALL, **classifier), seeds=[0, 1])
+    with pytest.raises(UsageError, match=message):
+        model.configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0 clips the gradient of all replicas together"),
+        ({"world_size": 2}, "replicas train in one process"),
+        ({"precision": "16-mixed"}, "16-mixed"),
+    ],
+)
+def test_a_trainer_that_would_tie_the_replicas_together_is_refused(trainer, message):
+    model = ReplicatedClassifier(SMALL, seeds=[0, 1])
+    model.trainer = SimpleNamespace(**{"world_size": 1, "gradient_clip_val": None, "precision": "32-true", **trainer})
+    with pytest.raises(UsageError, match=message):
+        model.setup("fit")
+
+
+def test_negative_images_and_batches_for_another_number_of_seeds_are_refused(data_dir, make_trainer):
+    normalised = DataLoader(TensorDataset(torch.randn(8, 1, 28, 28), torch.arange(8)), batch_size=4)
+    model = ReplicatedClassifier(SMALL, seeds=[0, 1])
+    with pytest.raises(UsageError, match=r"layer 'replicas.0.network.1'.*must be >= 0"):
+        make_trainer().fit(model, normalised)
+    three = MNISTDataModule(str(data_dir), val_size=50, order_seed=[1, 2, 3])
+    with pytest.raises(UsageError, match=r"images of shape \(3, 30, 1, 28, 28\).*for each of 2 seeds"):
+        make_trainer().fit(ReplicatedClassifier(SMALL, seeds=[0, 1]), datamodule=three)
+
+
+def test_building_replicas_leaves_the_random_numbers_of_the_caller_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    ReplicatedClassifier(SMALL, seeds=[7])
+    assert torch.equal(torch.rand(3), expected)
