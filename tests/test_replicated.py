@@ -208,6 +208,8 @@ def test_each_replica_is_saved_with_its_best_weights_and_all_metrics_in_one_tabl
     last = [float(row["val_accuracy"]) for row in rows[8:]]
     assert last == pytest.approx([float(trainer.callback_metrics[f"val_accuracy/{k}"]) for k in range(4)])
     assert sum(last) / 4 == pytest.approx(float(trainer.callback_metrics["val_accuracy"]))
+    with pytest.raises(RuntimeError, match="not attached to a `Trainer`"):
+        _ = model.replica(0).trainer  # the copy leaves the whole Trainer behind
     for k in range(4):
         folder = tmp_path / "replicas" / str(k) / "checkpoints"
         assert_same(DANNMLP.load_from_checkpoint(folder / "last.ckpt"), model.replica(k))

@@ -115,8 +115,7 @@ class ReplicatedClassifier(ImageClassifier):
 
     def replica(self, index: int) -> ImageClassifier:
         """A copy of one replica: an ordinary classifier, with the weights of this moment."""
-        replica = self.replicas[index]
-        return copy.deepcopy(replica, {id(replica._trainer): None})
+        return copy.deepcopy(self.replicas[index])
 
     def settings(self, index: int) -> dict[str, Any]:
         """Seed and, if given, learning rate of a replica."""
