@@ -1,6 +1,7 @@
 """Dale's principle during a Lightning fit: weights are projected before anyone can look."""
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,9 +98,12 @@ class DaleProjection(pl.Callback):
             handle.remove()
         self._handles = []
 
-    @staticmethod
-    def _refuse_violations(pl_module: pl.LightningModule, text: str) -> None:
-        violations = sign_violations(pl_module)
+    def violations(self, pl_module: pl.LightningModule) -> dict[str, float]:
+        """What ends a fit: the lowest value of each weight that is not >= 0, by name."""
+        return sign_violations(pl_module)
+
+    def _refuse_violations(self, pl_module: pl.LightningModule, text: str) -> None:
+        violations = self.violations(pl_module)
         if violations:
             listing = [f"{name} (lowest value {low:.4g})" for name, low in violations.items()]
             raise UsageError(text.format(", ".join([*listing[:3], *(["..."] if len(listing) > 3 else [])])))
@@ -149,6 +153,17 @@ class CosineStepControl(_StepControl):
         limit_clamping_(pl_module, optimizer, self.epsilon, self.halvings)
 
 
+class ReplicaProjection(DaleProjection):
+    """Projects the replicas of a `ReplicatedClassifier`, and lets them go on when some have diverged, but not all."""
+
+    def violations(self, pl_module: Any) -> dict[str, float]:
+        violations = sign_violations(pl_module)
+        diverged = {name.split(".")[1] for name, lowest in violations.items() if math.isnan(lowest)}  # replicas.K.layer
+        if len(diverged) == len(pl_module.replicas):
+            return violations
+        return {name: lowest for name, lowest in violations.items() if name.split(".")[1] not in diverged}
+
+
 class ReplicaCheckpoint(pl.callbacks.Checkpoint):
     """Saves every replica of a `ReplicatedClassifier` as an ordinary checkpoint, and the metrics of all as one table.
 
@@ -156,7 +171,7 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
 
         replicas.csv                        a row for each replica and epoch: its seed, learning rate and metrics
         replicas/3/checkpoints/best.ckpt    replica 3 at its highest validation accuracy
-        replicas/3/checkpoints/last.ckpt    replica 3 after the last epoch
+        replicas/3/checkpoints/last.ckpt    replica 3 after the last epoch, or before it diverged
     """
 
     def __init__(self) -> None:
@@ -176,6 +191,8 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
         for row in pl_module.table(trainer.callback_metrics):
             index, accuracy = row["replica"], row.get("val_accuracy", float("-inf"))
             self._rows.append({"epoch": trainer.current_epoch, **row})
+            if sign_violations(pl_module.replicas[index]):
+                continue  # it has diverged: keep what it was before
             checkpoints = folder / "replicas" / str(index) / "checkpoints"
             pl_module.save_replica(index, checkpoints / "last.ckpt")
             if accuracy > self._best.get(index, float("-inf")):

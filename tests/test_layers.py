@@ -196,7 +196,7 @@ def test_one_name_without_its_comma_is_refused():
     class Single(DaleModule):
         nonnegative = "W"
 
-    with pytest.raises(UsageError, match="Single.nonnegative='W' is a string"):
+    with pytest.raises(UsageError, match=r"Single\.nonnegative='W' is a string"):
         project_(Single())
 
 

@@ -242,6 +242,22 @@ def test_the_folder_of_a_replica_is_the_folder_of_its_single_run(run, data_dir):
     assert "holds weights alone" in refused
 
 
+def test_a_replica_that_diverges_ends_alone(data, make_trainer, tmp_path):
+    def fit(rates):
+        model = ReplicatedClassifier(functools.partial(SMALL, optimizer=SGD), [3], rates)
+        make_trainer(max_epochs=2, enable_checkpointing=True).fit(model, datamodule=data)
+        return model
+
+    model = fit([0.02, 1e30])
+    assert_dale(model.replicas[0])
+    assert (tmp_path / "replicas" / "0" / "checkpoints" / "last.ckpt").exists()
+    assert not (tmp_path / "replicas" / "1").exists()
+    with open(tmp_path / "replicas.csv") as file:
+        assert [row["train_loss"] == "nan" for row in csv.DictReader(file)] == [False, True] * 2
+    with pytest.raises(UsageError, match="training has diverged"):
+        fit([1e30])
+
+
 class OwnLoss(DANNMLP):
     def shared_step(self, batch, stage):
         return super().shared_step(batch, stage) / 2

@@ -174,11 +174,13 @@ class ImageClassifier(pl.LightningModule):
             configure_callbacks.keeps_projection = True  # type: ignore[attr-defined]
             cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
 
+    projection: type[DaleProjection] = DaleProjection
+
     def _with_projection(self, callbacks: list[pl.Callback]) -> list[pl.Callback]:
         present = [*callbacks, *self.trainer.callbacks]  # type: ignore[attr-defined]
         if any(isinstance(callback, DaleProjection) for callback in present):
             return callbacks
-        return [*callbacks, DaleProjection()]
+        return [*callbacks, self.projection()]
 
     def save_hyperparameters(
         self,

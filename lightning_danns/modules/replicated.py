@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torchmetrics import Metric
 
-from lightning_danns.callbacks import ReplicaCheckpoint
+from lightning_danns.callbacks import ReplicaCheckpoint, ReplicaProjection
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.base import ImageClassifier
 from lightning_danns.optim import fisher_optimizer, fisher_param_groups
@@ -81,6 +81,7 @@ class ReplicatedClassifier(ImageClassifier):
     """
 
     replicas: Sequence[ImageClassifier]
+    projection = ReplicaProjection
 
     def __init__(
         self,
@@ -205,7 +206,8 @@ class ReplicatedClassifier(ImageClassifier):
     def _epoch_metrics(self, stage: str) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
         for name, values in super()._epoch_metrics(stage).items():
-            metrics |= {name: values.mean(), **{f"{name}/{index}": value for index, value in enumerate(values)}}
+            # torchmetrics makes a scalar of one value
+            metrics |= {name: values.mean(), **{f"{name}/{k}": value for k, value in enumerate(values.flatten())}}
         return metrics
 
     def _log_epoch(self, stage: str, logger: bool = True) -> None:
@@ -252,7 +254,7 @@ class ReplicatedClassifier(ImageClassifier):
         return configured
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """`DaleProjection`, and `ReplicaCheckpoint` where the Trainer saves checkpoints; unless it already has them."""
+        """`ReplicaProjection`, and `ReplicaCheckpoint` where the Trainer saves checkpoints; unless it has them."""
         wanted = self.trainer.checkpoint_callbacks and not any(
             isinstance(callback, ReplicaCheckpoint) for callback in self.trainer.checkpoint_callbacks
         )
