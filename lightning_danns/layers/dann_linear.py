@@ -101,7 +101,8 @@ class DANNLinear(DANN):
             return self._folded(x)
         if self.alpha is None or _transformed():
             return self.components(x).z
-        z = _Divisive.apply(x.reshape(-1, self.d), self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.d)
+        z = _Divisive.apply(rows, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b)
         return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -134,12 +135,12 @@ def _transformed() -> bool:
 
 
 def _equations(
-    x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None
+    x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, gain: Tensor, g: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """z, and what its gradients need: z_i, gamma and u = (z_e - Wei z_i) / gamma."""
-    z_i = x @ Wix.t()  # (batch, ni)
-    v = torch.addmm(x @ Wex.t(), z_i, Wei.t(), alpha=-1)  # (batch, ne)
-    gamma = torch.addmm(alpha.new_full((1,), EPS), alpha.exp() * z_i, Wei.t())
+    z_i = F.linear(x, Wix)  # (batch, ni)
+    v = F.linear(x, Wex).addmm_(z_i, Wei.t(), alpha=-1)  # (batch, ne)
+    gamma = F.linear(gain * z_i, Wei).add_(EPS)
     u = v / gamma
     return g * u if b is None else torch.addcmul(b, g, u), z_i, gamma, u
 
@@ -148,31 +149,33 @@ class _Divisive(torch.autograd.Function):
     """The equations with gradients by hand: fewer passes over (batch, ne) and fewer small products than autograd's."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        z, *intermediate = _equations(*inputs)
-        ctx.save_for_backward(*inputs, *intermediate)
+    def forward(
+        ctx: Any, x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None
+    ) -> Tensor:
+        gain = alpha.exp()
+        z, z_i, gamma, u = _equations(x, Wex, Wix, Wei, gain, g, b)
+        ctx.save_for_backward(x, Wex, Wix, Wei, alpha, g, b, gain, z_i, gamma, u)
         return z
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
-        *inputs, z_i, gamma, u = ctx.saved_tensors
+        x, Wex, Wix, Wei, alpha, g, b, gain, z_i, gamma, u = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # these gradients are to be differentiated again: leave them to autograd
-            wanted = [value for value, wants in zip(inputs, needed, strict=True) if wants]
-            gradients = iter(torch.autograd.grad(_equations(*inputs)[0], wanted, dz, create_graph=True))
+            z, *_ = _equations(x, Wex, Wix, Wei, alpha.exp(), g, b)
+            wanted = [value for value, wants in zip((x, Wex, Wix, Wei, alpha, g, b), needed, strict=True) if wants]
+            gradients = iter(torch.autograd.grad(z, wanted, dz, create_graph=True))
             return tuple(next(gradients) if wants else None for wants in needed)
-        x, Wex, Wix, Wei, alpha, g, b = inputs
-        gain = alpha.exp()
         w = dz * u
         dg, db = w.sum(0), None if b is None else dz.sum(0)
         r = g / gamma
         dv = dz * r  # (batch, ne); dz_e is the same
         w *= r  # -dgamma
-        divided = (w @ Wei) * -gain  # (batch, ni): the part of dz_i that comes through gamma
-        dz_i = torch.addmm(divided, dv, Wei, alpha=-1)
-        dWei = torch.addmm(w.t() @ (z_i * gain), dv.t(), z_i).neg_()
-        dalpha = (divided * z_i).sum(0)
-        dWex = dv.t() @ x if needed[1] else None
-        dWix = dz_i.t() @ x if needed[2] else None
-        dx = torch.addmm(dv @ Wex, dz_i, Wix) if needed[0] else None
+        divided = torch.mm(w, Wei).mul_(gain)  # (batch, ni): minus the part of dz_i that comes through gamma
+        dalpha = (divided * z_i).sum(0).neg_()
+        dz_i = divided.addmm_(dv, Wei, beta=-1, alpha=-1)
+        dWei = torch.mm(w.t(), gain * z_i).addmm_(dv.t(), z_i, beta=-1, alpha=-1)
+        dWex = torch.mm(dv.t(), x) if needed[1] else None
+        dWix = torch.mm(dz_i.t(), x) if needed[2] else None
+        dx = torch.mm(dv, Wex).addmm_(dz_i, Wix) if needed[0] else None
         return dx, dWex, dWix, dWei, dalpha, dg, db
