@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,13 +21,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from lightning_danns import DANNMLP, DANNConv2d, ImageDataModule, fisher_param_groups, project_
+from lightning_danns import DANNMLP, DANNConv2d, MNISTDataModule, cli, fisher_param_groups, project_
 from lightning_danns.networks import ColumnEIFamily, DANNFamily, Family, StandardFamily, mlp
 
 Step = Callable[[], Any]
@@ -161,68 +163,70 @@ def scaling(repeats: int) -> list[Row]:
     return rows
 
 
-class Noise(ImageDataModule):
-    """Random images in the sizes of MNIST, half as many."""
-
-    dataset, image_shape, num_classes = "noise", MNIST, CLASSES
-
-    def fetch(self) -> Any:
-        generator = torch.Generator().manual_seed(0)
-        return {
-            f"{kind}_{part}": torch.randint(high, (n, *shape), generator=generator, dtype=torch.uint8).numpy()
-            for part, n in (("train", 30_000), ("test", 1_000))
-            for kind, high, shape in (("x", 256, MNIST[1:]), ("y", CLASSES, ()))
-        }
+def noise_in(folder: str) -> MNISTDataModule:
+    """Half of an MNIST, of random images."""
+    generator = torch.Generator().manual_seed(0)
+    arrays = {
+        f"{kind}_{part}": torch.randint(high, (n, *shape), generator=generator, dtype=torch.uint8).numpy()
+        for part, n in (("train", 30_000), ("test", 1_000))
+        for kind, high, shape in (("x", 256, MNIST[1:]), ("y", CLASSES, ()))
+    }
+    np.savez(f"{folder}/mnist.npz", **arrays)
+    data = MNISTDataModule(folder, val_size=32)
+    data.setup()
+    return data
 
 
 def loader(repeats: int) -> list[Row]:
     """One batch of 32 from the data module's loader."""
     with tempfile.TemporaryDirectory() as folder:
-        data = noise_in(folder)
-        batches = data.train_dataloader()
+        batches = noise_in(folder).train_dataloader()
         times = [Timer("for _ in batches: pass", globals={"batches": batches}).timeit(1).mean for _ in range(repeats)]
     return rows_of({"batch": [seconds / len(batches) for seconds in times]})
 
 
 def fit(repeats: int) -> list[Row]:
-    """A step within Trainer.fit, with its logging, checkpoint and progress bar, against a bare loop over the loader."""
-    times: dict[str, list[float]] = {"bare loop": [], "Trainer.fit": []}
+    """A step of an epoch with metrics, logging, checkpoints and progress bar, against a bare loop over the loader."""
+    times: dict[str, list[float]] = {"bare loop": [], "train.py fit": [], "Trainer().fit": []}
+    model = functools.partial(DANNMLP, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
     with tempfile.TemporaryDirectory() as folder:
+        data = noise_in(folder)
+        batches = data.train_dataloader()
+        command = f"fit --model DANNMLP --model.optimizer.lr=1e-3 --data MNISTDataModule --data.data_dir={folder}"
+        options = f"--data.val_size=32 --trainer.accelerator=cpu --trainer.max_epochs=1 --run_dir={folder}/run"
         for _ in range(max(3, repeats // 3)):
-            data, model = noise_in(folder), DANNMLP(optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
-            optimizer, batches = model.configure_optimizers(), data.train_dataloader()
+            bare = model()
+            optimizer = bare.configure_optimizers()
             start = time.perf_counter()
             for images, labels in batches:
                 optimizer.zero_grad()
-                F.cross_entropy(model.network(images), labels).backward()
+                F.cross_entropy(bare.network(images), labels).backward()
                 optimizer.step()
-                project_(model.network)
+                project_(bare.network)
             times["bare loop"].append((time.perf_counter() - start) / len(batches))
-            clock = Clock()
-            model = DANNMLP(optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
-            trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[clock], default_root_dir=folder)
-            trainer.fit(model, datamodule=noise_in(folder))
-            times["Trainer.fit"].append((clock.end - clock.start) / len(batches))
+
+            trainer = cli.main([*command.split(), *options.split(), "--trainer.callbacks+=__main__.Clock"]).trainer
+            times["train.py fit"].append(seconds_of(trainer) / len(batches))
+            shutil.rmtree(f"{folder}/run")
+
+            trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[Clock()], default_root_dir=folder)
+            trainer.fit(model(), datamodule=data)
+            times["Trainer().fit"].append(seconds_of(trainer) / len(batches))
     return rows_of(times)
 
 
-def noise_in(folder: str) -> Noise:
-    data = Noise(folder, val_size=1_000)
-    data.prepare_data()
-    data.setup()
-    return data
-
-
 class Clock(pl.Callback):
-    """When the first training batch of a fit started, and when its last epoch, with validation, ended."""
+    """How long a fit trained."""
 
-    start = end = 0.0
-
-    def on_train_epoch_start(self, *args: Any) -> None:
+    def on_train_start(self, *args: Any) -> None:
         self.start = time.perf_counter()
 
     def on_train_end(self, *args: Any) -> None:
-        self.end = time.perf_counter()
+        self.seconds = time.perf_counter() - self.start
+
+
+def seconds_of(trainer: pl.Trainer) -> float:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Clock)).seconds
 
 
 def imports(repeats: int) -> list[Row]:

@@ -189,11 +189,12 @@ class CLI(LightningCLI):
             folder = str(self.folder)
             loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")]
             kwargs["logger"] = loggers if self.subcommand == "fit" else loggers[:1]
+        configured = list(config.trainer.callbacks or [])  # a copy, because Lightning adds its own to the list
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # devices that are not a number
             raise UsageError(str(error)) from error
-        _redraw_seldom(trainer.callbacks, config.trainer.callbacks or [])  # type: ignore[attr-defined]
+        _redraw_seldom(trainer.callbacks, configured)  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, which is not safe everywhere
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

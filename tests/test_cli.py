@@ -116,10 +116,9 @@ def test_debug_runs_leave_no_checkpoint_behind(run, data_dir):
     assert "weights" not in output
 
 
-def test_only_the_trainers_own_progress_bar_is_redrawn_seldom():
-    from pytorch_lightning.callbacks import TQDMProgressBar
-
-    own, asked_for = [TQDMProgressBar()], [TQDMProgressBar(refresh_rate=3)]
-    cli._redraw_seldom(own, [])
-    cli._redraw_seldom(asked_for, list(asked_for))
-    assert (own[0].refresh_rate, asked_for[0].refresh_rate) == (20, 3)
+def test_only_the_trainers_own_progress_bar_is_redrawn_seldom(run):
+    bars = []
+    for options in ([], ["--trainer.callbacks+=TQDMProgressBar", "--trainer.callbacks.refresh_rate=3"]):
+        fit = cli.main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", *options])
+        bars.append(fit.trainer.progress_bar_callback.refresh_rate)
+    assert bars == [20, 3]

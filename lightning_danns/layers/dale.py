@@ -84,8 +84,14 @@ def project_(model: nn.Module) -> None:
 
     `DaleProjection` does this for Lightning; this function is for your own training loop.
     """
-    layers = (module for module in model.modules() if isinstance(module, DaleModule))
-    signed: list[Tensor] = [parameter for layer in layers for _, parameter in layer.nonnegative_parameters()]
+    signed: list[Tensor] = []
+    modules: list[nn.Module | None] = [model]
+    while modules:  # model.modules() hashes each module, which torchmetrics makes slow
+        module = modules.pop()
+        if isinstance(module, DaleModule):
+            signed += [parameter for _, parameter in module.nonnegative_parameters()]
+        if module is not None:
+            modules += module._modules.values()
     if signed:
         torch._foreach_clamp_min_(signed, 0)  # all at once, as torch's optimizers step
 
