@@ -86,8 +86,11 @@ def project_(model: nn.Module) -> None:
     """
     layers = (module for module in model.modules() if isinstance(module, DaleModule))
     signed: list[Tensor] = [parameter for layer in layers for _, parameter in layer.nonnegative_parameters()]
-    if signed:
+    if signed and all(type(parameter) is nn.Parameter for parameter in signed):
         torch._foreach_clamp_min_(signed, 0)  # all at once, as torch's optimizers step
+    else:  # shards, which do not mix with whole tensors or those of other meshes
+        for parameter in signed:
+            parameter.clamp_(min=0)
 
 
 def sign_violations(model: nn.Module) -> dict[str, float]:
@@ -96,7 +99,9 @@ def sign_violations(model: nn.Module) -> dict[str, float]:
     for layer_name, layer in dale_layers(model):
         for name, parameter in layer.nonnegative_parameters():
             if not bool((parameter.detach() >= 0).all()):
-                violations[f"{layer_name}.{name}" if layer_name else name] = float(parameter.detach().min())
+                # a process may have an empty shard of it, which has no minimum
+                whole = getattr(parameter, "full_tensor", parameter.detach)()
+                violations[f"{layer_name}.{name}" if layer_name else name] = float(whole.min())
     return violations
 
 
