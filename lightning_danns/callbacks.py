@@ -169,7 +169,8 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
 
     `ReplicatedClassifier` attaches it where the Trainer saves checkpoints. It writes into the folder of the log
 
-        replicas.csv                        a row for each replica and epoch: its seed, learning rate and metrics
+        replicas.csv                        a row for each replica and epoch: its seed, learning rate and metrics;
+                                            and for each replica that this Trainer has tested
         replicas/3/checkpoints/best.ckpt    replica 3 at its highest validation accuracy
         replicas/3/checkpoints/last.ckpt    replica 3 after the last epoch, or before it diverged
     """
@@ -183,6 +184,11 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows, self._best = list(state_dict["rows"]), dict(state_dict["best"])
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # before those that save the Trainer's state after an epoch, so that they save the rows of that epoch too
+        others_last = sorted(trainer.callbacks, key=lambda c: c is not self and isinstance(c, pl.callbacks.Checkpoint))  # type: ignore[attr-defined]
+        trainer.callbacks = others_last  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -201,7 +207,7 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
         self._write(self._rows, folder)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._write(pl_module.table(trainer.callback_metrics), Path(str(trainer.log_dir)))
+        self._write([*self._rows, *pl_module.table(trainer.callback_metrics)], Path(str(trainer.log_dir)))
 
     @staticmethod
     def _write(rows: list[dict[str, Any]], folder: Path) -> None:
