@@ -168,9 +168,7 @@ def test_shards_beside_whole_weights_are_projected_and_checked(folder):
         torch.distributed.init_process_group("gloo")
         torch.manual_seed(0)
         net = nn.Sequential(DANNLinear(6, 5, 2), nn.ReLU(), DANNLinear(5, 3, 1))
-        net[2] = fully_shard(
-            net[2], mesh=init_device_mesh("cpu", (2,))
-        )  # one interneuron: the second has no row of Wix
+        fully_shard(net[2], mesh=init_device_mesh("cpu", (2,)))  # one interneuron: rank 1 has no row of Wix
         with torch.no_grad():
             for parameter in net.parameters():
                 parameter.sub_(10)

@@ -255,10 +255,17 @@ class ReplicatedClassifier(ImageClassifier):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """`ReplicaProjection`, and `ReplicaCheckpoint` where the Trainer saves checkpoints; unless it has them."""
-        wanted = self.trainer.checkpoint_callbacks and not any(
-            isinstance(callback, ReplicaCheckpoint) for callback in self.trainer.checkpoint_callbacks
-        )
+        wanted = self.trainer.checkpoint_callbacks and not self._replica_checkpoints()
         return self._with_projection([ReplicaCheckpoint()] if wanted else [])
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        for callback in self._replica_checkpoints():
+            callback.save(self.trainer, self)
+
+    def _replica_checkpoints(self) -> list[ReplicaCheckpoint]:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, ReplicaCheckpoint)]
 
 
 def _factory(classifier: ClassifierFactory, data: dict[str, Any]) -> Callable[[int, float | None], ImageClassifier]:
