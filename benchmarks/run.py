@@ -67,6 +67,7 @@ def training_step(network: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
+        inputs.grad = None
         loss(network(inputs), targets).backward()
         optimizer.step()
         project_(network)

@@ -164,12 +164,13 @@ class ReplicaProjection(DaleProjection):
         return {name: lowest for name, lowest in violations.items() if name.split(".")[1] not in diverged}
 
 
-class ReplicaCheckpoint(pl.callbacks.Checkpoint):
+class ReplicaCheckpoint(pl.Callback):
     """Saves every replica of a `ReplicatedClassifier` as an ordinary checkpoint, and the metrics of all as one table.
 
     `ReplicatedClassifier` attaches it where the Trainer saves checkpoints. It writes into the folder of the log
 
         replicas.csv                        a row for each replica and epoch: its seed, learning rate and metrics
+        replicas_test.csv                   after a test, a row for each replica
         replicas/3/checkpoints/best.ckpt    replica 3 at its highest validation accuracy
         replicas/3/checkpoints/last.ckpt    replica 3 after the last epoch, or before it diverged
     """
@@ -184,7 +185,11 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows, self._best = list(state_dict["rows"]), dict(state_dict["best"])
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Write what an epoch has brought; the module asks for it when the epoch's metrics are known.
+
+        No hook of a callback is late enough for the metrics and early enough for ``last.ckpt`` to hold their rows.
+        """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(str(trainer.log_dir))
@@ -198,15 +203,16 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
             if accuracy > self._best.get(index, float("-inf")):
                 self._best[index] = accuracy
                 pl_module.save_replica(index, checkpoints / "best.ckpt")
-        self._write(self._rows, folder)
+        self._write(self._rows, folder / "replicas.csv")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._write(pl_module.table(trainer.callback_metrics), Path(str(trainer.log_dir)))
+        table = pl_module.table(trainer.callback_metrics)
+        self._write(table, Path(str(trainer.log_dir)) / "replicas_test.csv")
 
     @staticmethod
-    def _write(rows: list[dict[str, Any]], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "replicas.csv", "w", newline="") as file:
+    def _write(rows: list[dict[str, Any]], path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)

@@ -16,11 +16,13 @@ from conftest import write_data
 from processes import srun, start, torchrun, wait
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
-from lightning_danns import DANNMLP, DANNLinear, MNISTDataModule, UsageError
+from lightning_danns import DANNMLP, DANNLinear, MNISTDataModule, UsageError, project_
+from lightning_danns.layers import sign_violations
 
 
 @pytest.fixture
@@ -159,6 +161,25 @@ def test_sharded_weights_train_and_resume_like_whole_ones(folder):
         torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-3, atol=1e-5)
         assert name.rsplit(".")[-1] in ("alpha", "b") or weight.min() >= 0
     assert min(weight.min() for name, weight in sharded["weights"].items() if name.endswith("Wex")) == 0  # was clamped
+
+
+def test_shards_beside_whole_weights_are_projected_and_checked(folder):
+    def work(rank):
+        torch.distributed.init_process_group("gloo")
+        torch.manual_seed(0)
+        net = nn.Sequential(DANNLinear(6, 5, 2), nn.ReLU(), DANNLinear(5, 3, 1))
+        fully_shard(net[2], mesh=init_device_mesh("cpu", (2,)))  # one interneuron: rank 1 has no row of Wix
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.sub_(10)
+        before = sign_violations(net)
+        project_(net)
+        assert set(before) == {f"{k}.{name}" for k in (0, 2) for name in ("Wex", "Wix", "Wei", "g")}
+        assert -10 <= before["2.Wix"] < -9
+        assert sign_violations(net) == {}
+        assert float(net[2].alpha.full_tensor().max()) < -9
+
+    assert wait(start(work, 2)) == [0, 0]
 
 
 def test_no_process_waits_when_the_run_is_refused(folder):

@@ -151,6 +151,16 @@ def test_every_step_needs_the_fisher_information_of_its_batch():
         optimizer.step()
 
 
+def test_information_of_one_of_two_networks_is_not_taken_for_that_of_both():
+    first, second, images = nn.Linear(7, 4), nn.Linear(7, 4), torch.rand(8, 7)
+    optimizer = DiagonalNGD([*first.parameters(), *second.parameters()])
+    for network_ in (first, second):
+        optimizer.update_fisher(network_, images)
+        backward(network_, images)
+    with pytest.raises(UsageError, match="the network that holds all parameters"):
+        optimizer.step()
+
+
 def test_parts_of_a_batch_count_as_one_batch():
     images = torch.rand(20, 7, dtype=torch.float64)
     whole, parts = network(2), network(2)

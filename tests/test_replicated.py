@@ -3,6 +3,7 @@
 import copy
 import csv
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from lightning_danns import (
     UsageError,
     project_,
 )
+from lightning_danns.checkpoints import LastCheckpoint
 from lightning_danns.testing import assert_dale
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
@@ -182,16 +184,16 @@ def test_dropout_draws_other_units_for_each_replica():
 
 def test_all_replicas_obey_dale_and_a_run_resumes_where_it_stopped(data, make_trainer, tmp_path):
     straight, _ = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=3)
-    _, first = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2, enable_checkpointing=True)
-    first.save_checkpoint(tmp_path / "two.ckpt")
+    last = LastCheckpoint(str(tmp_path))
+    fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2, enable_checkpointing=True, callbacks=[last])
     resumed = ReplicatedClassifier(functools.partial(SMALL, optimizer=MOMENTUM), [3, 8], [0.02, 0.003])
     trainer = make_trainer(max_epochs=3, enable_checkpointing=True)
-    trainer.fit(resumed, datamodule=data, ckpt_path=tmp_path / "two.ckpt")
+    trainer.fit(resumed, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     assert_dale(resumed)
     assert_same(resumed, straight)
     with open(tmp_path / "replicas.csv") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
-    again = ReplicatedClassifier.load_from_checkpoint(tmp_path / "two.ckpt", classifier=SMALL)
+    again = ReplicatedClassifier.load_from_checkpoint(tmp_path / "last.ckpt", classifier=SMALL)
     assert (again.seeds, again.learning_rates) == ([3, 8], [0.02, 0.003])
 
 
@@ -217,6 +219,34 @@ def test_each_replica_is_saved_with_its_best_weights_and_all_metrics_in_one_tabl
         (validated,) = make_trainer().validate(best, datamodule=data, verbose=False)
         assert validated["val_accuracy"] == pytest.approx(max(float(row["val_accuracy"]) for row in rows[k::4]))
         assert (folder / "last.ckpt").stat().st_size < 2 * sum(p.numel() * 4 for p in best.parameters())
+    trainer.test(model, datamodule=data, verbose=False)
+    with open(tmp_path / "replicas.csv") as file:
+        assert list(csv.DictReader(file)) == rows
+
+
+@pytest.mark.parametrize("classifier", [SMALL, functools.partial(ReplicatedClassifier, SMALL, [0, 1])])
+def test_validation_under_inference_mode_leaves_a_model_that_can_be_trained(classifier, data, make_trainer):
+    model = classifier()
+    (start,) = make_trainer().validate(model, datamodule=data, verbose=False)
+    model.shared_step((torch.rand(6, 1, 28, 28), torch.arange(6)), "train").backward()
+    trainer = make_trainer(max_epochs=3)
+    trainer.fit(model, datamodule=data)
+    assert trainer.callback_metrics["val_loss"] < start["val_loss"]
+
+
+def test_a_cut_off_write_of_a_replica_costs_the_earlier_one_nothing(tmp_path, monkeypatch):
+    def cut_off(checkpoint, file):
+        if isinstance(file, Path):
+            file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    model = ReplicatedClassifier(SMALL, [0])
+    model.save_replica(0, tmp_path / "last.ckpt")
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(OSError, match="No space"):
+        model.save_replica(0, tmp_path / "last.ckpt")
+    assert_same(DANNMLP.load_from_checkpoint(tmp_path / "last.ckpt"), model.replica(0))
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_the_folder_of_a_replica_is_the_folder_of_its_single_run(run, data_dir):
@@ -236,7 +266,7 @@ def test_the_folder_of_a_replica_is_the_folder_of_its_single_run(run, data_dir):
     assert "test_accuracy" in run(*command)
     assert (data_dir / "many" / "replicas" / "0" / "test" / "metrics.csv").exists()
     run("test", "--config=many/config.yaml", "--ckpt_path=best")
-    with open(data_dir / "many" / "test" / "replicas.csv") as file:
+    with open(data_dir / "many" / "test" / "replicas_test.csv") as file:
         assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1", "0", "1"]
     refused = run("fit", "--config=many/replicas/3/config.yaml", "--ckpt_path=last", status=2)
     assert "holds weights alone" in refused

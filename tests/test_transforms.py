@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from lightning_danns import DANNConv2d, DANNLinear
@@ -82,6 +83,19 @@ def test_forward_mode_equals_finite_differences(kind):
     _, derivative = jvp(layer, (x,), (direction,))
     difference = (layer(x + 1e-6 * direction) - layer(x - 1e-6 * direction)) / 2e-6
     torch.testing.assert_close(derivative, difference, rtol=1e-6, atol=1e-6)
+    with forward_ad.dual_level():  # without torch.func
+        z = layer(forward_ad.make_dual(x, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(z).tangent, derivative)
+
+
+def test_backward_under_autocast_of_a_forward_pass_without_it(kind):
+    layer, x = case(kind, torch.float32)
+    expected = torch.autograd.grad(layer(x).sum(), list(layer.parameters()))
+    z = layer(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(z, list(layer.parameters()))
+    for value, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=0, atol=0.03 * float(wanted.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

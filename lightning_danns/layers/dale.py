@@ -92,8 +92,11 @@ def project_(model: nn.Module) -> None:
             signed += [parameter for _, parameter in module.nonnegative_parameters()]
         if module is not None:
             modules += module._modules.values()
-    if signed:
+    if signed and all(type(parameter) is nn.Parameter for parameter in signed):
         torch._foreach_clamp_min_(signed, 0)  # all at once, as torch's optimizers step
+    else:  # shards, which do not mix with whole tensors or those of other meshes
+        for parameter in signed:
+            parameter.clamp_(min=0)
 
 
 def sign_violations(model: nn.Module) -> dict[str, float]:
@@ -102,7 +105,9 @@ def sign_violations(model: nn.Module) -> dict[str, float]:
     for layer_name, layer in dale_layers(model):
         for name, parameter in layer.nonnegative_parameters():
             if not bool((parameter.detach() >= 0).all()):
-                violations[f"{layer_name}.{name}" if layer_name else name] = float(parameter.detach().min())
+                # a process may have an empty shard of it, which has no minimum
+                whole = getattr(parameter, "full_tensor", parameter.detach)()
+                violations[f"{layer_name}.{name}" if layer_name else name] = float(whole.min())
     return violations
 
 

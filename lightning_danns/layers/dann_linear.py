@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inputs
-from lightning_danns.layers.dann import DANN, EPS, at_least_float32
+from lightning_danns.layers.dann import DANN, EPS, at_least_float32, without_autocast
 
 
 class DANNLinear(DANN):
@@ -159,6 +159,9 @@ class _Divisive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> Any:
+        if _in_half(dz):  # backward() under autocast, of a forward pass that was not
+            with without_autocast(dz):
+                return _Divisive.backward(ctx, dz)
         x, Wex, Wix, Wei, alpha, g, b, gain, z_i, gamma, u = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # these gradients are to be differentiated again: leave them to autograd

@@ -128,6 +128,11 @@ class ImageClassifier(pl.LightningModule):
         if metric is None or self._plateau_epoch != self.current_epoch:
             super().lr_scheduler_step(scheduler, metric)
 
+    def on_validation_epoch_start(self) -> None:
+        # Trainer.validate resets them under inference mode, which makes tensors that a later fit may not write
+        for name in ("val_loss", "val_accuracy"):
+            self.metrics[name].reset()
+
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val")
 

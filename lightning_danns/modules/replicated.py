@@ -15,6 +15,7 @@ from torch.func import functional_call, vmap
 from torchmetrics import Metric
 
 from lightning_danns.callbacks import ReplicaCheckpoint, ReplicaProjection
+from lightning_danns.checkpoints import AtomicCheckpointIO
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.base import ImageClassifier
 from lightning_danns.optim import fisher_optimizer, fisher_param_groups
@@ -144,8 +145,7 @@ class ReplicatedClassifier(ImageClassifier):
             "hyper_parameters": dict(replica.hparams),
         }
         replica.on_save_checkpoint(checkpoint)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+        AtomicCheckpointIO().save_checkpoint(checkpoint, path)
 
     def forward(self, images: Tensor) -> Tensor:
         (template,) = self._template
@@ -255,10 +255,17 @@ class ReplicatedClassifier(ImageClassifier):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """`ReplicaProjection`, and `ReplicaCheckpoint` where the Trainer saves checkpoints; unless it has them."""
-        wanted = self.trainer.checkpoint_callbacks and not any(
-            isinstance(callback, ReplicaCheckpoint) for callback in self.trainer.checkpoint_callbacks
-        )
+        wanted = self.trainer.checkpoint_callbacks and not self._replica_checkpoints()
         return self._with_projection([ReplicaCheckpoint()] if wanted else [])
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        for callback in self._replica_checkpoints():
+            callback.save(self.trainer, self)
+
+    def _replica_checkpoints(self) -> list[ReplicaCheckpoint]:
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, ReplicaCheckpoint)]
 
 
 def _factory(classifier: ClassifierFactory, data: dict[str, Any]) -> Callable[[int, float | None], ImageClassifier]:
@@ -330,6 +337,7 @@ class _Stack:
         leaf.register_post_accumulate_grad_hook(hand_down)
         return leaf
 
+    @torch.inference_mode(False)  # in a first forward pass under it, the weights could never be trained again
     @torch.no_grad()
     def _stack(self, slices: list[Tensor]) -> None:
         self.whole = torch.stack([s.detach() for s in slices])

@@ -117,9 +117,10 @@ def group_of_parameters(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, An
 
 def _of_one_base(optimizer: Optimizer) -> Iterator[Groups]:
     """The groups that share a base rate: all, unless replicas have some of their own (``base_lr``)."""
-    bases = dict.fromkeys(group.get("base_lr") for group in optimizer.param_groups)
-    for base in bases:
-        yield [group for group in optimizer.param_groups if group.get("base_lr") == base]
+    bases: dict[float | None, Groups] = {}
+    for group in optimizer.param_groups:
+        bases.setdefault(group.get("base_lr"), []).append(group)
+    yield from bases.values()
 
 
 def scale_learning_rates_(optimizer: Optimizer) -> None:

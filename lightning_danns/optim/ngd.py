@@ -111,7 +111,8 @@ class DiagonalNGD(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group_of = group_of_parameters(self)
-        if not all(p in self._squares for p in group_of if p.grad is not None):
+        layered = {parameter for layer in self._layers for parameter in layer}
+        if not all(p in layered for p in group_of if p.grad is not None):
             raise UsageError(
                 "DiagonalNGD has no Fisher information for this step: call update_fisher(network, images) on each "
                 "batch before its step, with the network that holds all parameters of the optimizer"
