@@ -184,7 +184,8 @@ class ReplicaCheckpoint(pl.callbacks.Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows, self._best = list(state_dict["rows"]), dict(state_dict["best"])
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def save_epoch(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save what an epoch has made; the module calls it, before other checkpoints save this callback's state."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder = Path(str(trainer.log_dir))

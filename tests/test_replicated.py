@@ -3,6 +3,7 @@
 import copy
 import csv
 import functools
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -183,7 +184,7 @@ def test_dropout_draws_other_units_for_each_replica():
 def test_all_replicas_obey_dale_and_a_run_resumes_where_it_stopped(data, make_trainer, tmp_path):
     straight, _ = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=3)
     _, first = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2, enable_checkpointing=True)
-    first.save_checkpoint(tmp_path / "two.ckpt")
+    shutil.copy(first.checkpoint_callback.best_model_path, tmp_path / "two.ckpt")  # written at the end of the epoch
     resumed = ReplicatedClassifier(functools.partial(SMALL, optimizer=MOMENTUM), [3, 8], [0.02, 0.003])
     trainer = make_trainer(max_epochs=3, enable_checkpointing=True)
     trainer.fit(resumed, datamodule=data, ckpt_path=tmp_path / "two.ckpt")

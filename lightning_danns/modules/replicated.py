@@ -15,6 +15,7 @@ from torch.func import functional_call, vmap
 from torchmetrics import Metric
 
 from lightning_danns.callbacks import ReplicaCheckpoint, ReplicaProjection
+from lightning_danns.checkpoints import AtomicCheckpointIO
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.base import ImageClassifier
 from lightning_danns.optim import fisher_optimizer, fisher_param_groups
@@ -144,8 +145,7 @@ class ReplicatedClassifier(ImageClassifier):
             "hyper_parameters": dict(replica.hparams),
         }
         replica.on_save_checkpoint(checkpoint)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+        AtomicCheckpointIO().save_checkpoint(checkpoint, path)
 
     def forward(self, images: Tensor) -> Tensor:
         (template,) = self._template
@@ -202,6 +202,12 @@ class ReplicatedClassifier(ImageClassifier):
             for replica in self.replicas:
                 replica(images)
         self.train(training)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ReplicaCheckpoint):
+                callback.save_epoch(self.trainer, self)
 
     def _epoch_metrics(self, stage: str) -> dict[str, Tensor]:
         metrics: dict[str, Tensor] = {}
