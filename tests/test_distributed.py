@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
-import lightning_danns.run_folder as run_folder
+import lightning_danns.run_folder as folders
 from lightning_danns import DANNMLP, DANNLinear, MNISTDataModule, UsageError
 
 
@@ -54,7 +54,7 @@ def saved(rank, count):
 @pytest.mark.parametrize(("count", "launcher"), [(2, torchrun), (3, srun)])
 def test_processes_train_like_one_with_their_joint_batch(folder, count, launcher):
     def work(rank):
-        run_folder.datetime = SimpleNamespace(now=lambda: datetime(2000 + rank, 1, 1))  # no two start at the same time
+        folders.datetime = SimpleNamespace(now=lambda: datetime(2000 + rank, 1, 1))  # no two start at the same time
         fit(rank, count, 30 // count)
 
     assert wait(start(work, count, launcher)) == [0] * count
@@ -170,7 +170,7 @@ def test_no_process_waits_when_the_run_is_refused(folder):
 def test_processes_without_a_common_name_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --standalone or --rdzv-id
     with pytest.raises(UsageError, match="--run_dir"):
-        run_folder.run_name()
+        folders.run_name()
 
 
 @pytest.mark.slow
