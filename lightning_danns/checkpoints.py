@@ -46,6 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the newest state in ``last.ckpt``: after the metrics of each epoch and, if asked, within epochs.
 
+    A fit that ends within an epoch (max_steps, max_time) is saved there, so that a later one finishes that epoch.
     Under SLURM, it also lets the signal that announces the end of a job (SIGUSR1) wait for the end of a step, in all
     processes of the same one. Lightning saves and requeues at once, in the middle of a step.
 
@@ -81,6 +82,8 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             return
         super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.fit_loop.epoch_loop.done and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if self._requeue and trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
             requeue, self._requeue = self._requeue, None
             requeue(signal.SIGUSR1, None)

@@ -7,9 +7,6 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import mean, stdev
@@ -19,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
@@ -30,8 +27,7 @@ from lightning_danns import data, modules
 from lightning_danns.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from lightning_danns.data.files import write_arrays
 from lightning_danns.errors import UsageError
-
-RUN_NAME = "LIGHTNING_DANNS_RUN_NAME"
+from lightning_danns.run_folder import earlier_kept, folder_of, refuse_used_folder, run_name, undone_if
 
 BEST_CHECKPOINT = {
     "filename": "best",
@@ -111,6 +107,15 @@ class Parser(LightningArgumentParser):
         self.exit(2)
 
 
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the folder of the run, wherever its loggers write."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = folder_of(self.config.run_dir, trainer.state.fn.value)  # type: ignore[union-attr]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True)
+
+
 class CLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` for any LightningModule and data module.
 
@@ -149,8 +154,8 @@ class CLI(LightningCLI):
             config.weights_only = True  # Lightning would unpickle anything that comes from an http address
         path = config.ckpt_path
         if path in ("best", "last"):
-            path = os.path.join(config.run_dir or "", "checkpoints", f"{path}.ckpt")
-            if self.config.subcommand != "fit":
+            name, path = path, os.path.join(config.run_dir or "", "checkpoints", f"{path}.ckpt")
+            if self.config.subcommand != "fit" or name == "best":
                 config.ckpt_path = path
             elif not os.path.exists(path):
                 return  # a first start, or Lightning finds another
@@ -176,10 +181,9 @@ class CLI(LightningCLI):
         if config.run_dir is None:
             model = config.model.class_path.rsplit(".", 1)[-1]
             config.run_dir = os.path.join("runs", model, run_name())
-        folder = Path(config.run_dir)
-        self.folder = folder if self.subcommand == "fit" else folder / str(self.subcommand)
+        self.folder = folder_of(config.run_dir, str(self.subcommand))
         if self.subcommand == "fit" and config.ckpt_path is None:
-            refuse_used_folder(folder)
+            refuse_used_folder(self.folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand]
@@ -194,6 +198,11 @@ class CLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # devices that are not a number
             raise UsageError(str(error)) from error
+        if trainer.accumulate_grad_batches < 1:
+            raise UsageError(f"accumulate_grad_batches={trainer.accumulate_grad_batches}: it must be at least 1")
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and not callback.dirpath:
+                callback.dirpath = os.path.realpath(self.folder / "checkpoints")  # not where a logger writes
         _redraw_seldom(trainer.callbacks, configured)  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, which is not safe everywhere
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -211,9 +220,7 @@ class CLI(LightningCLI):
                 )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        with undone_if_refused(self.folder):
-            if self.config_init[subcommand].trainer.logger in (None, True):
-                keep_earlier(self.folder / "metrics.csv")
+        with undone_if(_mistake, self.folder), earlier_kept(self.folder / "metrics.csv"):
             super()._run_subcommand(subcommand)
 
     def after_fit(self) -> None:
@@ -307,74 +314,6 @@ def _short(path: str) -> str:
     return min(os.path.relpath(path), path, key=len)
 
 
-def run_name() -> str:
-    """A name for a run, the same in all its processes, although they start at different times.
-
-    Raises:
-        UsageError: there are several processes, and nothing names what they share.
-    """
-    environment = os.environ
-    if "SLURM_STEP_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
-        return f"{environment['SLURM_JOB_ID']}_{environment['SLURM_STEP_ID']}"
-    if environment.get("TORCHELASTIC_RUN_ID", "none") != "none":
-        return environment["TORCHELASTIC_RUN_ID"]
-    if _is_rank_zero() and "TORCHELASTIC_RUN_ID" not in environment:
-        environment[RUN_NAME] = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"  # Lightning starts the other processes with it
-    if RUN_NAME not in environment:
-        raise UsageError("several processes need a common folder: give --run_dir (or torchrun --standalone)")
-    return environment[RUN_NAME]
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """A fresh fit must not overwrite the checkpoints of an earlier one. (SLURM requeues find theirs by themselves.)"""
-    # in every process, so that none waits for one that has left
-    if (folder / "checkpoints").exists() and not any(folder.glob("hpc_ckpt_*")):
-        raise UsageError(
-            f"run folder {folder} holds the checkpoints of an earlier fit: continue that one with --ckpt_path last, "
-            "or choose another --run_dir"
-        )
-
-
-@contextmanager
-def undone_if_refused(folder: Path) -> Iterator[None]:
-    """Leave ``folder`` as it was if a command ends in a user's mistake before it has saved a checkpoint."""
-
-    def checkpoints() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in folder.rglob("*.ckpt")}
-
-    def logs() -> set[Path]:
-        return {path for kind in ("*.csv", "*.yaml", "events.out.tfevents.*") for path in folder.glob(kind)}
-
-    missing = [path for path in (folder / "checkpoints", folder, *folder.parents) if not path.exists()]
-    saved, before = checkpoints(), logs()
-    contents = {path: path.read_bytes() for path in before if path.suffix in (".csv", ".yaml")}
-    try:
-        yield
-    except Exception as error:
-        if _is_rank_zero() and _mistake(error) is not None and checkpoints() == saved:
-            for path in logs() - before:
-                path.unlink()
-            for path, content in contents.items():
-                path.write_bytes(content)
-            for path in missing:
-                with suppress(OSError):  # somebody else has written there
-                    path.rmdir()
-        raise
-
-
-def keep_earlier(path: Path) -> None:
-    """Rename a log of an earlier start in the same folder, because the logger would wipe it."""
-    if path.exists() and _is_rank_zero():
-        number = 1
-        while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(earlier)
-
-
-def _is_rank_zero() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def main(args: ArgsType = None) -> CLI:
     """Run the command line on ``args`` (default: ``sys.argv``).
 
@@ -390,7 +329,8 @@ def main(args: ArgsType = None) -> CLI:
             parser_class=Parser,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"max_epochs": 50},
             args=args,
         )

@@ -61,10 +61,21 @@ def test_a_config_of_one_run_starts_another_without_touching_the_first(run, data
     assert yaml.safe_load((data_dir / "run" / "config.yaml").read_text())["run_dir"] == "run"
 
 
-def test_best_and_last_name_checkpoints_of_the_run(run):
-    fit(run)
+@pytest.mark.parametrize("logger", [[], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere"]])
+def test_best_and_last_name_checkpoints_of_the_run_whatever_its_logger(run, data_dir, logger):
+    fit(run, *logger)
     assert "test_accuracy" in run("test", "--config=run/config.yaml", "--ckpt_path=best", *QUIET)
     assert "test_accuracy" in run("test", "--config=run/config.yaml", "--ckpt_path=last", *QUIET)
+    for name, epochs in (("best", 3), ("last", 4)):
+        output = fit(run, *logger, f"--ckpt_path={name}", f"--trainer.max_epochs={epochs}")
+        assert f"run/checkpoints/{name}.ckpt" in output  # restored
+        assert torch.load(data_dir / "run" / "checkpoints" / "last.ckpt")["global_step"] == 5 * epochs
+
+
+def test_runs_started_at_the_same_second_are_two(run, data_dir):
+    for _ in range(2):
+        run("fit", *SMALL, *QUIET, "--trainer.max_epochs=1")
+    assert len(list((data_dir / "runs" / "DANNMLP").iterdir())) == 2
 
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(run, data_dir):

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
+import lightning_danns.run_folder as folders
 from lightning_danns import DANNMLP, DANNLinear, MNISTDataModule, UsageError, project_
 from lightning_danns.layers import sign_violations
 
@@ -55,7 +56,7 @@ def saved(rank, count):
 @pytest.mark.parametrize(("count", "launcher"), [(2, torchrun), (3, srun)])
 def test_processes_train_like_one_with_their_joint_batch(folder, count, launcher):
     def work(rank):
-        cli.datetime = SimpleNamespace(now=lambda: datetime(2000 + rank, 1, 1))  # no two start at the same time
+        folders.datetime = SimpleNamespace(now=lambda: datetime(2000 + rank, 1, 1))  # no two start at the same time
         fit(rank, count, 30 // count)
 
     assert wait(start(work, count, launcher)) == [0] * count
@@ -190,7 +191,7 @@ def test_no_process_waits_when_the_run_is_refused(folder):
 def test_processes_without_a_common_name_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --standalone or --rdzv-id
     with pytest.raises(UsageError, match="--run_dir"):
-        cli.run_name()
+        folders.run_name()
 
 
 @pytest.mark.slow

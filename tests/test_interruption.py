@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import write_data
 from processes import srun, start, wait
@@ -42,6 +43,13 @@ class Net(ImageClassifier):
         if self.global_step == self.signal_at and self.global_rank == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
         return super().training_step(batch, batch_idx)
+
+
+class Stop(pl.Callback):
+    """What max_time does, at a certain step."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == 15
 
 
 ARMS = {
@@ -107,10 +115,10 @@ def differences(one, other, path=""):
     return [] if same else [path]
 
 
-def assert_run_equals_straight(folder, arm, *report):
+def assert_run_equals_straight(folder, arm, *report, options=()):
     """Goes on with the interrupted ``run``, and compares its end with that of a run without interruption."""
-    fit("run", *ARMS[arm])
-    fit("straight", *ARMS[arm])
+    fit("run", *ARMS[arm], *options)
+    fit("straight", *ARMS[arm], *options)
     straight, run = (torch.load(folder / name / "checkpoints" / "last.ckpt") for name in ("straight", "run"))
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert not differences(straight[part], run[part], part), report
@@ -139,6 +147,27 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(folder, arm):
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(folder, arm, repetition):
     assert_interruption_changes_nothing(folder, arm, kills=3, seed=random.SystemRandom().randrange(10**6))
+
+
+@pytest.mark.parametrize(
+    ("arm", "stop", "options"),
+    [
+        ("momentum, steps down", "max_steps=15", []),
+        ("plateau, accumulation, workers", "max_steps=7", []),
+        ("momentum, steps down", "callbacks=test_interruption.Stop", []),
+        ("momentum, steps down", "max_epochs=1", ["--trainer.reload_dataloaders_every_n_epochs=1"]),
+    ],
+)
+def test_a_fit_that_was_told_to_stop_earlier_goes_on_exactly(folder, arm, stop, options):
+    fit("run", *ARMS[arm], *options, f"--trainer.{stop}", "--last_checkpoint.every_n_train_steps=null")
+    assert torch.load("run/checkpoints/last.ckpt")["global_step"] in (7, 10, 15)
+    assert_run_equals_straight(folder, arm, options=options)
+
+
+def test_a_fit_at_its_end_keeps_its_log(folder):
+    for _ in range(2):
+        fit("run", "--trainer.max_epochs=1")
+        assert [path.name for path in (folder / "run").glob("*.csv")] == ["metrics.csv"]
 
 
 @pytest.mark.parametrize(("moment", "left"), [("half written", 8), ("written", 8), ("renamed", 10)])

@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_danns import DANNMLP, MLP, DANNLinear, ImageClassifier, MNISTDataModule, UsageError
@@ -209,6 +210,63 @@ def test_reduce_on_plateau_follows_the_validation_loss(data, make_trainer):
     plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, eps=0)
     model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
     make_trainer(max_epochs=2).fit(model, datamodule=data)
+
+
+STEPPED = {  # options of the Trainer, epochs after which a scheduler steps
+    "as it is": ({}, [0, 1]),
+    "validation within epochs": ({"val_check_interval": 0.3}, [0, 1]),
+    "accumulation": ({"accumulate_grad_batches": 4}, [0, 1]),
+    "limited epochs": ({"limit_train_batches": 2}, [0, 1]),
+    "an end within an epoch": ({"max_steps": 8}, [0]),
+    "new loaders": ({"reload_dataloaders_every_n_epochs": 1}, [0, 1]),
+    "validation of every other epoch": ({"check_val_every_n_epoch": 2}, [1]),
+}
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_plateau_scheduler_steps_once_for_each_validation_of_an_epoch_in_every_fit(name, data, make_trainer):
+    options, expected = STEPPED[name]
+    stepped = []
+
+    class Recording(torch.optim.lr_scheduler.ReduceLROnPlateau):
+        def step(self, metrics, epoch=None):
+            super().step(metrics)
+            if len(self.optimizer.param_groups[0]["params"]) > 1:  # not the rehearsal
+                stepped.append((trainer.current_epoch, float(metrics)))
+
+    model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=functools.partial(Recording, eps=0))
+    for _ in range(2):
+        stepped.clear()
+        trainer = make_trainer(max_epochs=2, **options)
+        trainer.fit(model, datamodule=data)
+        assert [epoch for epoch, _ in stepped] == expected
+        assert stepped[-1][1] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
+
+
+@pytest.mark.parametrize("interval", [0.5, 1.0])
+def test_a_fit_goes_on_from_a_checkpoint_of_any_validation(interval, data, make_trainer, tmp_path):
+    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, eps=0, patience=0)
+    train_metrics = []
+
+    def fit(epochs, **kwargs):
+        pl.seed_everything(0)
+        model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
+        keep = ModelCheckpoint(tmp_path, "{step}", save_on_train_epoch_end=False, save_top_k=-1)
+        trainer = make_trainer(
+            max_epochs=epochs, val_check_interval=interval, enable_checkpointing=True, callbacks=[keep]
+        )
+        trainer.fit(model, datamodule=data, **kwargs)
+        train_metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        return model.state_dict()
+
+    fit(1)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == 1 / interval
+    for path in paths:
+        resumed, straight = fit(2, ckpt_path=path), fit(2)
+        assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+        fit(1, ckpt_path=path)
+        assert train_metrics[-1].items() >= {k: v for k, v in train_metrics[0].items() if k.startswith("train")}.items()
 
 
 def test_the_checkpoint_of_an_epoch_holds_its_plateau_step(data, make_trainer, tmp_path):

@@ -209,6 +209,7 @@ COMMANDS = {
     "device is no number": (options("--trainer.devices=two"), "`devices` selected with `CPUAccelerator`"),
     "unknown strategy": (options("--trainer.strategy=dpp"), "strategy='dpp'"),
     "unknown precision": (options("--trainer.precision=12"), "Given value: 12"),
+    "accumulation of nothing": (options("--trainer.accumulate_grad_batches=0"), "accumulate_grad_batches=0"),
     "no batches": (options("--trainer.limit_train_batches=0"), "nothing was trained"),
     "no epochs": (options("--trainer.max_epochs=0"), "nothing was trained"),
     "half a batch more": (options("--trainer.limit_train_batches=1.5"), "1.5 for limit_train_batches"),
@@ -223,6 +224,7 @@ COMMANDS = {
     "labels beyond the classes": (options("--data=own.ThreeClasses"), "labels from 0 to 9; they must lie from 0 to 2"),
     "normalised images": (options("--data=own.Normalised"), "an input of -0.4242"),
     "images with nan": (options("--data=own.Holes"), "or the data hold nan"),
+    "orders for replicas": (options("--data.order_seed=[0,1]"), "list of order_seed"),
     # checkpoints
     "missing checkpoint": (options("--ckpt_path=nosuch.ckpt"), "nosuch.ckpt does not exist"),
     "empty checkpoint": (options("--ckpt_path=empty.ckpt"), "empty.ckpt cannot be read"),
@@ -235,6 +237,7 @@ COMMANDS = {
     "weights alone": (options("--ckpt_path=weights.ckpt"), "no checkpoint of a Lightning module"),
     "a list": ([*TEST, "--ckpt_path=list.ckpt"], "no checkpoint of a Lightning module"),
     "checkpoint of nothing": ([*TEST, "--ckpt_path=best"], "best.ckpt does not exist"),
+    "fit of nothing": (options("--ckpt_path=best"), "best.ckpt does not exist"),
     "checkpoint of another class": ([*TEST, "--model=MLP", "--ckpt_path=good.ckpt"], "another network than this MLP"),
     "checkpoint of another network": (options("--ckpt_path=good.ckpt", "--model.hidden_sizes=[13]"), "(13, 784) here"),
     "resumed otherwise": ([*RESUME, "--model.hidden_sizes=[13]"], "(13, 784) here and (12, 784) there"),
@@ -285,11 +288,15 @@ def test_what_others_write_meanwhile_stays(workplace):
         "class Meanwhile(MNISTDataModule):\n"
         "    def setup(self, stage=None):\n"
         "        pathlib.Path('run/other').mkdir(parents=True)\n"
+        "        pathlib.Path('run/results.csv').write_text('1')\n"
+        "        pathlib.Path('run/events.out.tfevents.1.machine.0.0').write_text('those of another process')\n"
         "        raise UsageError('refused')\n"
     )
     with pytest.raises(SystemExit, match="2"):
         cli.main(options("--data=meanwhile.Meanwhile"))
-    assert [path.name for path in Path("run").iterdir()] == ["other"]
+    assert {path.name for path in Path("run").iterdir()} == {
+        *("other", "results.csv", "events.out.tfevents.1.machine.0.0")
+    }
 
 
 @pytest.mark.parametrize("command", ["fit", "resume", "predict"])

@@ -124,6 +124,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.save_hyperparameters()
         self.data_dir, self.batch_size, self.val_size = data_dir, batch_size, val_size
         self.split_seed, self.num_workers, self.order_seed = split_seed, num_workers, order_seed
+        self._seed: int | None = None
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
         self.test_set: ImageDataset | None = None
@@ -150,6 +151,7 @@ class ImageDataModule(pl.LightningDataModule):
             write_arrays(self.path, self.fetch())
 
     def setup(self, stage: str | None = None) -> None:
+        self._seed = torch.initial_seed()  # now: training steps seed the generators, and loaders may be reloaded
         if self.train_set is not None:
             return
         images_labels = read_arrays(self.path, self.image_shape, self.num_classes)
@@ -188,7 +190,8 @@ class ImageDataModule(pl.LightningDataModule):
         self, dataset: ImageDataset | None, shuffle: bool = False, order_seed: int | list[int] | None = None
     ) -> dict[str, Any]:
         dataset = _loaded(dataset)
-        seed, process = torch.initial_seed() if order_seed is None else order_seed, None
+        own_seed = torch.initial_seed() if self._seed is None else self._seed
+        seed, process = own_seed if order_seed is None else order_seed, None
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # one order for all processes
             distributed = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}

@@ -90,6 +90,11 @@ class ImageClassifier(pl.LightningModule):
     def shared_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         """Loss of one batch (images, labels); counts it into the metrics of ``stage``."""
         images, labels = batch
+        if labels.dim() > 1:
+            raise UsageError(
+                f"labels of shape {tuple(labels.shape)}: one for each image is needed. Data with a list of order_seed "
+                "serve a batch for each seed, to ReplicatedClassifier alone"
+            )
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
         self.metrics[f"{stage}_loss"].update(loss.detach().expand(len(labels)))  # once for each image
@@ -116,13 +121,19 @@ class ImageClassifier(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         # What Lightning would do after the epoch's checkpoint is done before it here: a run that is killed between the
         # two would go on without the logged metrics, and without a step of ReduceLROnPlateau.
-        metrics = {name: float(value) for name, value in self._epoch_metrics("train").items()}
+        values = {name: float(value) for name, value in self._epoch_metrics("train").items()}
         self._log_epoch("train", logger=False)
         for logger in self.loggers:
-            logger.log_metrics({**metrics, "epoch": self.current_epoch}, self.global_step - 1)
+            logger.log_metrics({**values, "epoch": self.current_epoch}, self.global_step - 1)
             logger.save()
-        self.trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
-        self._plateau_epoch = self.current_epoch
+        loop, metrics = self.trainer.fit_loop.epoch_loop, self.trainer.callback_metrics
+        monitors = [config.monitor for config in self.trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        # a checkpoint made after the validation, by another callback than LastCheckpoint, does not hold its metrics
+        lost = self.trainer.fit_loop.restarting and any(monitor not in metrics for monitor in monitors)
+        if loop._num_ready_batches_reached() and not lost:  # max_steps or max_time may end a fit within an epoch
+            self._plateau_epoch = -1  # that of an earlier fit
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            self._plateau_epoch = self.current_epoch
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         if metric is None or self._plateau_epoch != self.current_epoch:
@@ -156,6 +167,8 @@ class ImageClassifier(pl.LightningModule):
         config: dict[str, Any] = {"scheduler": scheduler}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             config["monitor"] = getattr(scheduler, "monitor", "val_loss")
+            if self._trainer and config["monitor"].startswith("val_"):
+                config["frequency"] = self._trainer.check_val_every_n_epoch or 1
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -215,7 +228,8 @@ class ImageClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Within an epoch, keep what its metrics have counted in all processes."""
-        if self._trainer and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        epochs: Any = self._trainer.fit_loop.epoch_progress.current if self._trainer else None
+        if epochs and epochs.processed < epochs.started:
             checkpoint["train_metrics"] = {name: _counts(self.metrics[name]) for name in TRAIN_METRICS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ Groups = list[dict[str, Any]]
 
 KEEPS_RATIOS = (
     "StepLR, MultiStepLR, ExponentialLR, LinearLR, ConstantLR, PolynomialLR, LambdaLR with one function, "
-    "CosineAnnealingLR with eta_min=0, or a SequentialLR of these"
+    "CosineAnnealingLR with eta_min=0, ReduceLROnPlateau with eps=0, or a SequentialLR of these"
 )
 
 
