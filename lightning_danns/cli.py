@@ -156,6 +156,8 @@ class CLI(LightningCLI):
         if path in ("best", "last"):
             name, path = path, os.path.join(config.run_dir or "", "checkpoints", f"{path}.ckpt")
             if self.config.subcommand != "fit" or name == "best":
+                if config.run_dir is None:
+                    raise UsageError(f"--ckpt_path {name}: of which run? Give its --run_dir or config.yaml")
                 config.ckpt_path = path
             elif not os.path.exists(path):
                 return  # a first start, or Lightning finds another
@@ -193,7 +195,8 @@ class CLI(LightningCLI):
             folder = str(self.folder)
             loggers = [CSVLogger(folder, name="", version=""), TensorBoardLogger(folder, name="", version="")]
             kwargs["logger"] = loggers if self.subcommand == "fit" else loggers[:1]
-        configured = list(config.trainer.callbacks or [])  # a copy, because Lightning adds its own to the list
+        given = config.trainer.callbacks or []
+        configured = list(given) if isinstance(given, list) else [given]  # a copy, because Lightning adds its own to it
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except TypeError as error:  # devices that are not a number
@@ -202,7 +205,7 @@ class CLI(LightningCLI):
             raise UsageError(f"accumulate_grad_batches={trainer.accumulate_grad_batches}: it must be at least 1")
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.dirpath:
-                callback.dirpath = os.path.realpath(self.folder / "checkpoints")  # not where a logger writes
+                callback.dirpath = str(self.folder / "checkpoints")  # not where a logger writes
         _redraw_seldom(trainer.callbacks, configured)  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, which is not safe everywhere
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -2,6 +2,8 @@
 
 import csv
 import sys
+from datetime import datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import yaml
 from conftest import QUIET, SMALL
 
 import lightning_danns.cli as cli
-from lightning_danns import DANNMLP
+from lightning_danns import DANNMLP, run_folder
 
 
 def fit(run, *args, run_dir="run", **kwargs):
@@ -72,10 +74,11 @@ def test_best_and_last_name_checkpoints_of_the_run_whatever_its_logger(run, data
         assert torch.load(data_dir / "run" / "checkpoints" / "last.ckpt")["global_step"] == 5 * epochs
 
 
-def test_runs_started_at_the_same_second_are_two(run, data_dir):
-    for _ in range(2):
-        run("fit", *SMALL, *QUIET, "--trainer.max_epochs=1")
-    assert len(list((data_dir / "runs" / "DANNMLP").iterdir())) == 2
+def test_runs_started_at_the_same_second_have_two_names(monkeypatch):
+    moments = (datetime(2026, 1, 1, 12, 0, 0, microsecond) for microsecond in (1, 20))
+    monkeypatch.setenv(run_folder.RUN_NAME, "")  # restored afterwards
+    monkeypatch.setattr(run_folder, "datetime", SimpleNamespace(now=lambda: next(moments)))
+    assert run_folder.run_name() != run_folder.run_name()
 
 
 def test_equal_seeds_give_equal_runs_and_other_seeds_others(run, data_dir):

@@ -237,6 +237,7 @@ COMMANDS = {
     "weights alone": (options("--ckpt_path=weights.ckpt"), "no checkpoint of a Lightning module"),
     "a list": ([*TEST, "--ckpt_path=list.ckpt"], "no checkpoint of a Lightning module"),
     "checkpoint of nothing": ([*TEST, "--ckpt_path=best"], "best.ckpt does not exist"),
+    "best of no run": (["test", *SMALL, *QUIET, "--ckpt_path=best"], "Give its --run_dir"),
     "fit of nothing": (options("--ckpt_path=best"), "best.ckpt does not exist"),
     "checkpoint of another class": ([*TEST, "--model=MLP", "--ckpt_path=good.ckpt"], "another network than this MLP"),
     "checkpoint of another network": (options("--ckpt_path=good.ckpt", "--model.hidden_sizes=[13]"), "(13, 784) here"),

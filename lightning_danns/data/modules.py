@@ -151,7 +151,8 @@ class ImageDataModule(pl.LightningDataModule):
             write_arrays(self.path, self.fetch())
 
     def setup(self, stage: str | None = None) -> None:
-        self._seed = torch.initial_seed()  # now: training steps seed the generators, and loaders may be reloaded
+        if self.trainer is not None:  # training steps seed the generators, and loaders may be made anew between them
+            self._seed = torch.initial_seed()
         if self.train_set is not None:
             return
         images_labels = read_arrays(self.path, self.image_shape, self.num_classes)
