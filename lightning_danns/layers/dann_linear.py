@@ -119,8 +119,7 @@ class DANNLinear(DANN):
 
 
 def _in_half(x: Tensor) -> bool:
-    device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return autocast or x.dtype in (torch.float16, torch.bfloat16)
 
 
