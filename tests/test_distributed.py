@@ -195,6 +195,7 @@ def test_no_process_waits_when_the_run_is_refused(folder):
 
 def test_processes_without_a_common_name_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --standalone or --rdzv-id
+    monkeypatch.delenv(folders.RUN_NAME, raising=False)  # of an earlier run in this process
     with pytest.raises(UsageError, match="--run_dir"):
         folders.run_name()
 

@@ -200,6 +200,14 @@ def test_one_name_without_its_comma_is_refused():
         project_(Single())
 
 
+def test_a_network_compiles_whole_while_its_inputs_are_checked():
+    model = nn.Sequential(DANNLinear(6, 5, 2), nn.ReLU(), DANNLinear(5, 3, 1))
+    refuse_negative_inputs(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.rand(2, 6)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_ending_the_input_check_removes_it():
     layer = DANNLinear(6, 5, 2)
     refuse_negative_inputs(layer)()

@@ -114,7 +114,8 @@ def sign_violations(model: nn.Module) -> dict[str, float]:
 def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
     """Check the next input of every `DaleModule` in ``model``, once each, and return a function that ends it.
 
-    Pixels in [0, 1] and ReLU outputs are valid inputs; pixels normalised by mean and standard deviation are not.
+    Pixels in [0, 1] and ReLU outputs are valid inputs; pixels normalised by mean and standard deviation are not. What
+    torch.compile has compiled is not checked.
 
     Raises:
         UsageError: from the forward pass, when a layer receives an input below 0; names layer and value.
@@ -122,7 +123,7 @@ def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
     handles: dict[nn.Module, tuple[str, RemovableHandle]] = {}
 
     def check(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if layer not in handles:  # a copy of one
+        if torch.compiler.is_compiling() or layer not in handles:  # not in a compiled graph, nor in a copy
             return
         name, handle = handles.pop(layer)
         handle.remove()
