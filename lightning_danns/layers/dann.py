@@ -165,7 +165,7 @@ class DANN(DaleModule):
         return DANNComponents(z_e, z_i, subtraction, gamma, z.to(self.Wex.dtype))
 
     def _folded(self, x: Tensor) -> Tensor:
-        """z, with what acts linearly on the input folded into the weights in float32:
+        """z, with what acts linearly on the input folded into the weights:
 
             z = (g (Wex - Wei Wix)) x / (Wei ((exp(alpha) Wix) x) + eps) + b
 
@@ -173,13 +173,13 @@ class DANN(DaleModule):
         drives. It costs Wei Wix once a batch: little where weights are applied many times, as in a convolution.
         """
         with without_autocast(x):
-            Wex, Wix, Wei = (at_least_float32(weight) for weight in (self.Wex, self.Wix, self.Wei))
-            grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (Wei, Wix))
-            net = Wex - torch.bmm(*grouped).view(Wex.shape)
+            grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (self.Wei, self.Wix))
+            net: Tensor = self.Wex - torch.bmm(*grouped).view(self.Wex.shape)
+            Wix: Tensor = self.Wix
             if self.alpha is not None and self.g is not None:
                 net, Wix = _scale_rows(net, self.g), _scale_rows(Wix, self.alpha.exp())
-        z = at_least_float32(self._drive(x, net.to(self.Wex.dtype)))
-        z_i = self._drive(x, Wix.to(self.Wix.dtype)) if self.divisive else None
+        z = at_least_float32(self._drive(x, net))
+        z_i = self._drive(x, Wix) if self.divisive else None
         with without_autocast(x):
             if z_i is not None:
                 (division,) = self._inhibit(at_least_float32(z_i))
