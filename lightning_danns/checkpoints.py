@@ -1,6 +1,5 @@
 """Checkpoints that an interruption at any moment leaves whole, and from which training goes on exactly."""
 
-import os
 import signal
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +11,8 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+
+from lightning_danns.atomic import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,19 +29,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without underscores, because Lightning takes every name with hpc_ckpt_ in it for a checkpoint. What a killed
         # process left there is overwritten.
-        partial = path.with_name(f".{path.stem.replace('_', '')}.partial")
         try:
-            with open(partial, "wb") as file:
+            with replacing(path, partial=f".{path.stem.replace('_', '')}.partial") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # a full disk, which torch's writer stumbles over later
                 raise error.__context__ from None
             raise
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 class LastCheckpoint(ModelCheckpoint):

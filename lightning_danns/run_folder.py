@@ -56,7 +56,7 @@ def undone_if(mistake: Callable[[Exception], Any], folder: Path) -> Iterator[Non
 
     def logs() -> set[Path]:
         written = (
-            *("config.yaml", "hparams.yaml", "metrics*.csv", "replicas.csv"),
+            *("config.yaml", "hparams.yaml", "metrics*.csv", "replicas.csv", "replicas_test.csv"),
             f"events.out.tfevents.*.{os.getpid()}.*",
         )
         return {path for kind in written for path in folder.glob(kind)}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_danns.atomic import replacing
 from lightning_danns.errors import UsageError
 
 Arrays = dict[str, np.ndarray]
@@ -59,13 +60,8 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an .npz file; an interrupted write leaves no file behind."""
     make_folder(path.parent)
     try:
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(partial, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path, partial=f".{path.name}.{os.getpid()}") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error}. Choose another folder") from error
 

@@ -13,7 +13,6 @@ of operations that is fastest for it.
 """
 
 import math
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
@@ -154,11 +153,10 @@ class DANN(DaleModule):
             if self.alpha is not None and self.g is not None:
                 # exp keeps the divisive gain positive, so alpha is never projected
                 gain = self._per_unit(self.alpha.exp())
-                subtraction, division = self._inhibit(z_i, gain * z_i)
-                gamma = division + eps
+                subtraction, gamma = self._inhibit(z_i), self._inhibit(gain * z_i) + eps
                 z = self._per_unit(self.g) * (z_e - subtraction) / gamma
             else:
-                (subtraction,) = self._inhibit(z_i)
+                subtraction = self._inhibit(z_i)
                 z = z_e - subtraction
             if self.b is not None:
                 z = z + self._per_unit(self.b)
@@ -182,8 +180,7 @@ class DANN(DaleModule):
         z_i = self._drive(x, Wix) if self.divisive else None
         with without_autocast(x):
             if z_i is not None:
-                (division,) = self._inhibit(at_least_float32(z_i))
-                z = z / (division + eps_for(z_i))
+                z = z / (self._inhibit(at_least_float32(z_i)) + eps_for(z_i))
             if self.b is not None:
                 z = z + self._per_unit(self.b)
         return z.to(self.Wex.dtype)
@@ -191,7 +188,7 @@ class DANN(DaleModule):
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _inhibit(self, *z_i: Tensor) -> Iterable[Tensor]:
+    def _inhibit(self, z_i: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _per_unit(self, values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The convolutional layer of Dale's ANNs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -127,9 +127,8 @@ class DANNConv2d(DANN):
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def _inhibit(self, *z_i: Tensor) -> Iterable[Tensor]:
-        kernel = at_least_float32(self.Wei)[:, :, None, None]
-        return [F.conv2d(drive, kernel, groups=self.groups) for drive in z_i]
+    def _inhibit(self, z_i: Tensor) -> Tensor:
+        return F.conv2d(z_i, at_least_float32(self.Wei)[:, :, None, None], groups=self.groups)
 
     def _per_unit(self, values: Tensor) -> Tensor:
         return values[:, None, None]

@@ -1,6 +1,5 @@
 """The dense layer of Dale's ANNs."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -108,8 +107,8 @@ class DANNLinear(DANN):
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def _inhibit(self, *z_i: Tensor) -> Iterable[Tensor]:
-        return [F.linear(drive, at_least_float32(self.Wei)) for drive in z_i]
+    def _inhibit(self, z_i: Tensor) -> Tensor:
+        return F.linear(z_i, at_least_float32(self.Wei))
 
     def _per_unit(self, values: Tensor) -> Tensor:
         return values
