@@ -27,7 +27,7 @@ from lightning_danns import data, modules
 from lightning_danns.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from lightning_danns.data.files import write_arrays
 from lightning_danns.errors import UsageError
-from lightning_danns.run_folder import earlier_kept, folder_of, refuse_used_folder, run_name, undone_if
+from lightning_danns.run_folder import earlier_kept, environment, folder_of, refuse_used_folder, run_name, undone_if
 
 BEST_CHECKPOINT = {
     "filename": "best",
@@ -114,6 +114,7 @@ class SaveConfig(SaveConfigCallback):
         folder = folder_of(self.config.run_dir, trainer.state.fn.value)  # type: ignore[union-attr]
         folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, folder / "config.yaml", skip_unset=False, overwrite=True)
+        (folder / "environment.yaml").write_text(yaml.safe_dump(environment(str(trainer.strategy.root_device))))
 
 
 class CLI(LightningCLI):
@@ -203,6 +204,9 @@ class CLI(LightningCLI):
             raise UsageError(str(error)) from error
         if trainer.accumulate_grad_batches < 1:
             raise UsageError(f"accumulate_grad_batches={trainer.accumulate_grad_batches}: it must be at least 1")
+        best = config.best_checkpoint
+        if getattr(self.datamodule, "val_size", None) == 0 and (best.monitor or "").startswith("val_"):
+            trainer.callbacks.remove(best)  # type: ignore[attr-defined]  # all images train, so none can tell
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.dirpath:
                 callback.dirpath = str(self.folder / "checkpoints")  # not where a logger writes

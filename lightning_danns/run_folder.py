@@ -1,12 +1,16 @@
 """The folder of a run: its name, whose it is, and what is left in it."""
 
 import os
+import platform
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_danns.errors import UsageError
@@ -56,7 +60,7 @@ def undone_if(mistake: Callable[[Exception], Any], folder: Path) -> Iterator[Non
 
     def logs() -> set[Path]:
         written = (
-            *("config.yaml", "hparams.yaml", "metrics*.csv", "replicas.csv", "replicas_test.csv"),
+            *("config.yaml", "environment.yaml", "hparams.yaml", "metrics*.csv", "replicas.csv", "replicas_test.csv"),
             f"events.out.tfevents.*.{os.getpid()}.*",
         )
         return {path for kind in written for path in folder.glob(kind)}
@@ -93,6 +97,40 @@ def earlier_kept(path: Path) -> Iterator[None]:
     finally:
         if not path.exists():  # nothing was logged here: a fit that was at its end already, or somebody's own logger
             earlier.rename(path)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a run depends on beside its config: versions, commit of this package's repository, device and threads."""
+    packages = ("lightning-danns", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({_processor()})",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit that this package's files are from, marked if they have been changed since; None without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", __file__)  # it may lie installed in somebody else's repository
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    with suppress(OSError):  # Linux, where platform.processor() is empty
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _is_rank_zero() -> bool:

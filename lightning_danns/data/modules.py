@@ -82,6 +82,8 @@ class ImageDataModule(pl.LightningDataModule):
         batch_size: images per batch and process, at most: an epoch is cut into batches equal in size to within one.
         val_size: how many training images to hold out for validation (10 000 if the data set has no other default);
             0 trains on all of them.
+        test_each_epoch: whether each validation also evaluates the test images, logged as ``test_loss`` and
+            ``test_accuracy``. For reports of the last epochs' mean; select nothing by it.
         split_seed: seed of that split, independent of the seed of training.
         num_workers: processes that prepare batches; 0 is fastest here unless the transform is slow.
         order_seed: seed of the order of training images, independent of the seed of training, which sets it if this
@@ -107,6 +109,7 @@ class ImageDataModule(pl.LightningDataModule):
         split_seed: int = 0,
         num_workers: int = 0,
         order_seed: int | list[int] | None = None,
+        test_each_epoch: bool = False,
     ) -> None:
         super().__init__()
         if val_size is None:
@@ -124,6 +127,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.save_hyperparameters()
         self.data_dir, self.batch_size, self.val_size = data_dir, batch_size, val_size
         self.split_seed, self.num_workers, self.order_seed = split_seed, num_workers, order_seed
+        self.test_each_epoch = test_each_epoch
         self._seed: int | None = None
         self.train_set: ImageDataset | None = None
         self.val_set: ImageDataset | None = None
@@ -178,8 +182,11 @@ class ImageDataModule(pl.LightningDataModule):
         fixed = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         return ResumableLoader(**self._loader_arguments(self.train_set, shuffle=not fixed, order_seed=self.order_seed))
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        return DataLoader(**self._loader_arguments(self.val_set)) if self.val_size else []
+    def val_dataloader(self) -> DataLoader | list[DataLoader] | dict[str, DataLoader]:
+        loaders = {"val": DataLoader(**self._loader_arguments(self.val_set))} if self.val_size else {}
+        if self.test_each_epoch:
+            return {**loaders, "test": self.test_dataloader()}  # ImageClassifier counts them by these names
+        return loaders.get("val", [])
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(**self._loader_arguments(self.test_set))

@@ -108,8 +108,8 @@ class ImageClassifier(pl.LightningModule):
                 optimizer.update_fisher(self.network, batch[0])
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.shared_step(batch, "val")
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.shared_step(batch, self._validation_stages()[dataloader_idx])
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.shared_step(batch, "test")
@@ -141,11 +141,20 @@ class ImageClassifier(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         # Trainer.validate resets them under inference mode, which makes tensors that a later fit may not write
-        for name in ("val_loss", "val_accuracy"):
-            self.metrics[name].reset()
+        for stage in dict.fromkeys(self._validation_stages()):
+            for name in (f"{stage}_loss", f"{stage}_accuracy"):
+                self.metrics[name].reset()
 
     def on_validation_epoch_end(self) -> None:
-        self._log_epoch("val")
+        for stage in dict.fromkeys(self._validation_stages()):
+            self._log_epoch(stage)
+
+    def _validation_stages(self) -> list[str]:
+        """What each validation loader is counted as: by its name, ``val`` or ``test``, or else all as ``val``."""
+        loaders = self._trainer.val_dataloaders if self._trainer else None
+        if isinstance(loaders, Mapping) and {*loaders} <= {"val", "test"}:
+            return list(loaders)
+        return ["val"] * (len(loaders) if isinstance(loaders, Sequence | Mapping) else 1)
 
     def on_test_epoch_end(self) -> None:
         self._log_epoch("test")
