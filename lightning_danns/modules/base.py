@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -16,8 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_danns.callbacks import DaleProjection
 from lightning_danns.errors import UsageError
+from lightning_danns.layers import dale_layers
+from lightning_danns.monitors import FisherMonitor
 from lightning_danns.optim import (
-    Correction,
     fisher_optimizer,
     fisher_param_groups,
     rehearse_scheduler,
@@ -50,7 +51,8 @@ class ImageClassifier(pl.LightningModule):
         input_shape: shape of one image, (channels, height, width). The command line takes it from the data.
         num_classes: number of classes. The command line takes it from the data.
         correction: ``"fisher"`` scales the learning rates of inhibitory parameters by the factors that the layers
-            declare; ``"none"`` leaves them alone.
+            declare; ``"measured"`` by factors measured on the first batch (`FisherMonitor`); ``"none"`` leaves them
+            alone.
         optimizer: a function from parameter groups to a torch optimizer, e.g.
             ``functools.partial(torch.optim.SGD, lr=0.1)``.
         lr_scheduler: a function from an optimizer to a scheduler, stepped once an epoch.
@@ -62,14 +64,14 @@ class ImageClassifier(pl.LightningModule):
         self,
         input_shape: Sequence[int] = (1, 28, 28),
         num_classes: int = 10,
-        correction: Correction = "fisher",
+        correction: Literal["fisher", "measured", "none"] = "fisher",
         # a lambda, because the command line reads the default from its source and shows it in config.yaml
         optimizer: OptimizerCallable = lambda groups: torch.optim.SGD(groups, lr=0.1),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        if correction not in ("fisher", "none"):
-            raise UsageError(f"correction={correction!r}: choose 'fisher' or 'none'")
+        if correction not in ("fisher", "measured", "none"):
+            raise UsageError(f"correction={correction!r}: choose 'fisher', 'measured' or 'none'")
         for name, factory in (("optimizer", optimizer), ("lr_scheduler", lr_scheduler)):
             if factory is not None and not callable(factory):
                 raise UsageError(f"{name}={factory!r}: give a function such as partial(torch.optim.SGD, lr=0.1)")
@@ -181,11 +183,20 @@ class ImageClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return fisher_optimizer(self.optimizer_factory, fisher_param_groups(self, self.correction))
+        correction: Any = self.correction
+        if correction == "measured":  # each in a group of its own, whatever its factor will be
+            correction = {
+                f"{layer_name}.{name}": factor
+                for layer_name, layer in dale_layers(self)
+                for name, factor in layer.lr_factors().items()
+            }
+        return fisher_optimizer(self.optimizer_factory, fisher_param_groups(self, correction))
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """`DaleProjection`, unless the Trainer already has one."""
-        return self._with_projection([])
+        """`DaleProjection`, and `FisherMonitor` for measured factors; unless the Trainer already has them."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        measured = self.correction == "measured" and not any(isinstance(c, FisherMonitor) for c in callbacks)
+        return self._with_projection([FisherMonitor()] if measured else [])
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -254,7 +265,7 @@ class ImageClassifier(pl.LightningModule):
                     "test it, or start anew from its weights (load_from_checkpoint)"
                 )
             for state in checkpoint.get("optimizer_states", [])[:1]:
-                _refuse_other_optimizer(self._optimizer().param_groups, state["param_groups"])
+                _refuse_other_optimizer(self._optimizer().param_groups, state["param_groups"], self.correction)
             if self.trainer.is_global_zero:  # the counts are those of all processes
                 for name, counts in checkpoint.get("train_metrics", {}).items():
                     for state, value in counts.items():
@@ -266,11 +277,11 @@ def _counts(metric: Metric) -> dict[str, Tensor]:
         return {state: value.clone() for state, value in metric.metric_state.items()}  # type: ignore[union-attr]
 
 
-def _refuse_other_optimizer(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+def _refuse_other_optimizer(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], correction: str) -> None:
     if not all("lr_scale" in group for group in theirs):
         return  # a subclass with groups of its own
     our_scales, their_scales = ({g["name"]: g["lr_scale"] for g in groups} for groups in (ours, theirs))
-    if our_scales != their_scales:
+    if our_scales != their_scales and not (correction == "measured" and our_scales.keys() == their_scales.keys()):
         raise UsageError(
             f"the checkpoint was trained with other learning-rate factors: {len(their_scales)} groups there, "
             f"{len(our_scales)} here. Resume with the same correction, or start anew from its weights "

@@ -236,9 +236,11 @@ class ReplicatedClassifier(ImageClassifier):
     def _optimizer(self) -> torch.optim.Optimizer:
         """One optimizer; its groups are those of a replica, once for each learning rate."""
         groups: dict[str, dict[str, Any]] = {}
+        if self.correction == "measured":
+            raise UsageError("correction='measured' measures one network, not many: use 'fisher', or single runs")
         for index, replica in enumerate(self.replicas):
             rate = self.settings(index).get("learning_rate")
-            for group in fisher_param_groups(replica, replica.correction):
+            for group in fisher_param_groups(replica, self.correction):
                 if rate is not None:
                     group |= {"name": f"{group['name']}/lr={rate}", "lr": rate, "base_lr": rate}
                 groups.setdefault(group["name"], {**group, "params": []})["params"] += group["params"]

@@ -5,7 +5,7 @@ The factors ask that a step in each kind of parameter changes the output distrib
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,12 +30,13 @@ def fisher_param_groups(
     """Parameter groups that carry the learning-rate factors which the layers of ``model`` declare.
 
     All parameters of factor 1, and all of layers outside the contract (`DaleModule`), form the group ``"base"``;
-    every other parameter is a group of its own, named like the parameter. Frozen parameters are in none.
+    every other parameter, and each that you name, is a group of its own, named like the parameter. Frozen parameters
+    are in none.
 
     Args:
         model: any module.
         correction: ``"fisher"``, the factors of the layers; ``"none"``, factor 1 for all; or your own factors
-            by qualified parameter name, 1 for those not named.
+            by qualified parameter name (`measured_factors` gives some), 1 for those not named.
         lr: base learning rate. With it each group's ``lr`` is ``lr * lr_scale`` and the groups are ready for any
             torch optimizer. Without it they carry no ``lr``: use `scale_learning_rates_` on the optimizer.
 
@@ -55,13 +56,14 @@ def fisher_param_groups(
         0.1
     """
     factors = _factors(model, correction)
+    named = correction if isinstance(correction, Mapping) else {}
     base: dict[str, Any] = {"name": "base", "params": [], "lr_scale": 1.0}
     groups: Groups = [base]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         factor = factors.get(parameter, 1.0)
-        if factor == 1:
+        if factor == 1 and name not in named:
             base["params"].append(parameter)
         else:
             groups.append({"name": name, "params": [parameter], "lr_scale": factor})
@@ -144,6 +146,26 @@ def scale_learning_rates_(optimizer: Optimizer) -> None:
             )
     for group in optimizer.param_groups:
         group["lr"] = group["lr"] * group["lr_scale"]  # not in place: groups may share one tensor
+
+
+def change_factors_(optimizer: Optimizer, factors: Mapping[str, float], schedulers: Sequence[Any] = ()) -> None:
+    """Give the groups named in ``factors`` other factors while training goes on: rates move, and what ``schedulers``
+    remember of their start moves with them."""
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    for name, factor in factors.items():
+        if name not in groups:  # a shared parameter's second name
+            continue
+        change = factor / groups[name]["lr_scale"]
+        groups[name]["lr_scale"] = factor
+        for rate in ("lr", "initial_lr"):
+            if rate in groups[name]:
+                groups[name][rate] = groups[name][rate] * change
+    remembering = list(schedulers)
+    while remembering:
+        scheduler = remembering.pop()
+        remembering += getattr(scheduler, "_schedulers", [])  # of SequentialLR and ChainedScheduler
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
 
 def fisher_optimizer(factory: Callable[[Groups], Optimizer], groups: Groups) -> Optimizer:

@@ -4,16 +4,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
+from lightning_danns.optim.fisher import mean_squared_gradients
 from lightning_danns.optim.groups import group_of_parameters
-
-CHUNK = 32
-"""Samples whose gradients are held at once: their memory is that many times the network's."""
 
 
 class DiagonalNGD(Optimizer):
@@ -145,48 +141,3 @@ class DiagonalNGD(Optimizer):
                 state["fisher"].lerp_(estimate, group["decay"])
             else:
                 state["fisher"] = estimate
-
-
-def mean_squared_gradients(
-    network: nn.Module, images: Tensor, generator: torch.Generator | None = None
-) -> dict[nn.Parameter, Tensor]:
-    """Mean over samples of the squared gradient of -log p(label), labels drawn from the network's own softmax.
-
-    A sample's label is drawn in the same forward pass that is differentiated, so under dropout it comes from the
-    softmax of the same thinned network. Autocast is off meanwhile: gradients of single samples would vanish in half
-    precision, which scales only the loss of training.
-
-    Args:
-        network: maps images (N, ...) to logits (N, classes); its samples must not interact.
-        images: a batch.
-        generator: draws one uniform number u a sample, whose label is the first class k with
-            p_0 + ... + p_k > u; torch's default if not given.
-
-    Returns:
-        By trainable parameter, the estimated diagonal of its Fisher information in the parameter's shape.
-
-    Raises:
-        UsageError: the network normalises over the batch, so that a sample has no gradient of its own.
-    """
-    for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise UsageError(
-                f"layer {name!r} normalises over the batch: its samples have no gradients of their own. Use LayerNorm, "
-                "or running statistics (eval())"
-            )
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    values = {name: p.detach() for name, p in parameters.items()}
-
-    def loss(values: dict[str, Tensor], image: Tensor, u: Tensor) -> Tensor:
-        logits = functional_call(network, values, (image[None],))  # (1, classes)
-        below = logits.detach().softmax(-1, dtype=torch.float32).cumsum(-1) <= u
-        return F.cross_entropy(logits, below[:, :-1].sum(-1))
-
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
-    uniform = torch.rand(len(images), device=images.device, generator=generator)
-    total = {name: torch.zeros_like(value) for name, value in values.items()}
-    with torch.autocast(images.device.type, enabled=False):
-        for chunk in zip(images.split(CHUNK), uniform.split(CHUNK), strict=True):
-            for name, gradient in gradients(values, *chunk).items():
-                total[name] += gradient.square().sum(0)
-    return {parameters[name]: square / len(images) for name, square in total.items()}
