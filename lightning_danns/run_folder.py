@@ -101,10 +101,11 @@ def earlier_kept(path: Path) -> Iterator[None]:
 
 def environment(device: str) -> dict[str, Any]:
     """What a run depends on beside its config: versions, commit of this package's repository, device and threads."""
-    packages = ("lightning-danns", "torch", "torchvision", "pytorch-lightning", "torchmetrics", "numpy")
+    packages = ("lightning-danns", "torchvision", "pytorch-lightning", "torchmetrics", "numpy")
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
+        "torch": str(torch.__version__),  # with its build
         "commit": _commit(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} ({_processor()})",
         "threads": torch.get_num_threads(),

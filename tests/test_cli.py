@@ -1,8 +1,10 @@
 """The command line: one folder per run, and commands that follow on each other (refusals: test_wrong_use)."""
 
 import csv
+import subprocess
 import sys
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,3 +138,22 @@ def test_only_the_trainers_own_progress_bar_is_redrawn_seldom(run):
         fit = cli.main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", *options])
         bars.append(fit.trainer.progress_bar_callback.refresh_rate)
     assert bars == [20, 3]
+
+
+def test_the_published_protocol_trains_on_all_images_and_selects_nothing(run, data_dir):
+    output = fit(run, "--data.val_size=0", "--data.test_each_epoch=true")
+    assert [path.name for path in (data_dir / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+    errors = [float(row["test_accuracy"]) for row in metrics(data_dir / "run" / "metrics.csv") if row["test_accuracy"]]
+    tested = run(*output.split("python train.py ")[1].split(), *QUIET)
+    assert f"test_accuracy {errors[-1]:.4f}" in tested
+    assert len(errors) == 2
+
+
+def test_a_run_records_what_it_was_made_with(run, data_dir):
+    fit(run, "--trainer.limit_train_batches=1")
+    environment = yaml.safe_load((data_dir / "run" / "environment.yaml").read_text())
+    assert environment["torch"] == torch.__version__
+    assert environment["device"].startswith("cpu")
+    git = ["git", "-C", str(Path(run_folder.__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    assert (environment["commit"] or "")[:40] == commit  # both empty outside a repository

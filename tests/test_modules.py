@@ -299,3 +299,36 @@ def test_the_base_class_needs_only_a_network():
             self.network = nn.Sequential(nn.Flatten(), nn.Linear(784, self.num_classes))
 
     assert Tiny(num_classes=3)(torch.rand(2, 1, 28, 28)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("val_size", [0, 50])
+def test_the_test_images_are_evaluated_each_epoch_if_asked_for(val_size, data_dir, make_trainer):
+    data = MNISTDataModule(str(data_dir), val_size=val_size, test_each_epoch=True)
+    model = DANNMLP(hidden_sizes=[12], optimizer=SGD)
+    trainer = make_trainer(max_epochs=2)
+    trainer.fit(model, datamodule=data)
+    logged = dict(trainer.callback_metrics)
+    for stage in ("val", "test") if val_size else ("test",):
+        images, labels = getattr(data, f"{stage}_set")[:]
+        with torch.no_grad():
+            logits = model.eval()(images)
+        assert logged[f"{stage}_accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+        assert logged[f"{stage}_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert ("val_loss" in logged) == bool(val_size)
+    (tested,) = trainer.test(model, datamodule=data, verbose=False)
+    assert tested["test_accuracy"] == logged["test_accuracy"]
+
+
+def test_several_validation_loaders_are_counted_together(data, make_trainer):
+    class TwoLoaders(MNISTDataModule):
+        def val_dataloader(self):
+            return [super().val_dataloader(), self.test_dataloader()]
+
+    data = TwoLoaders(data.data_dir, val_size=50)
+    model = DANNMLP(hidden_sizes=[12], optimizer=SGD)
+    trainer = make_trainer()
+    trainer.fit(model, datamodule=data)
+    images, labels = (torch.cat(parts) for parts in zip(data.val_set[:], data.test_set[:], strict=True))
+    with torch.no_grad():
+        accuracy = (model.eval()(images).argmax(-1) == labels).double().mean().item()
+    assert trainer.callback_metrics["val_accuracy"] == pytest.approx(accuracy)
