@@ -112,7 +112,7 @@ def test_the_first_step_of_a_fit_takes_the_factors_measured_on_its_batch(data, m
     twin = copy.deepcopy(model.network)
     batches = []
     model.on_train_batch_start = lambda batch, index: batches.append(batch)
-    trainer = make_trainer(max_steps=1)
+    trainer = make_trainer(max_steps=1, num_sanity_val_steps=0)  # so that no layer has met inputs before
     trainer.fit(model, datamodule=data)
     ((images, labels),) = batches
     factors = measured_factors(twin, fisher_ratios(twin, images, torch.Generator().manual_seed(0)))
@@ -181,6 +181,11 @@ def test_what_cannot_be_measured_is_refused(data, make_trainer):
         make_trainer(callbacks=[FisherMonitor()]).fit(NoNetwork(), datamodule=data)
     with pytest.raises(UsageError, match="normalises over the batch"):
         make_trainer().fit(Normalised(), datamodule=data)
+    negative = MNISTDataModule(data.data_dir, val_size=0)
+    negative.setup()
+    negative.train_dataloader = lambda: [(-torch.ones(4, 1, 28, 28), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(UsageError, match="received an input of -1"):
+        make_trainer().fit(DANNMLP(hidden_sizes=[12], correction="measured"), datamodule=negative)
     with pytest.raises(UsageError, match="every_n_epochs=0"):
         FisherMonitor(every_n_epochs=0)
     measured = functools.partial(DANNMLP, hidden_sizes=[12], correction="measured")

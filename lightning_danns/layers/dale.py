@@ -111,6 +111,11 @@ def sign_violations(model: nn.Module) -> dict[str, float]:
     return violations
 
 
+def unobservable() -> bool:
+    """Whether values cannot be looked at: in a graph that torch.compile makes, and under torch.func's transforms."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
     """Check the next input of every `DaleModule` in ``model``, once each, and return a function that ends it.
 
@@ -123,7 +128,7 @@ def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
     handles: dict[nn.Module, tuple[str, RemovableHandle]] = {}
 
     def check(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or layer not in handles:  # not in a compiled graph, nor in a copy
+        if unobservable() or layer not in handles:  # nor in a copy
             return
         name, handle = handles.pop(layer)
         handle.remove()
