@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_danns import (
     DANNMLP,
@@ -181,11 +182,9 @@ def test_what_cannot_be_measured_is_refused(data, make_trainer):
         make_trainer(callbacks=[FisherMonitor()]).fit(NoNetwork(), datamodule=data)
     with pytest.raises(UsageError, match="normalises over the batch"):
         make_trainer().fit(Normalised(), datamodule=data)
-    negative = MNISTDataModule(data.data_dir, val_size=0)
-    negative.setup()
-    negative.train_dataloader = lambda: [(-torch.ones(4, 1, 28, 28), torch.zeros(4, dtype=torch.long))]
+    negative = TensorDataset(-torch.ones(4, 1, 28, 28), torch.zeros(4, dtype=torch.long))
     with pytest.raises(UsageError, match="received an input of -1"):
-        make_trainer().fit(DANNMLP(hidden_sizes=[12], correction="measured"), datamodule=negative)
+        make_trainer().fit(DANNMLP(hidden_sizes=[12], correction="measured"), DataLoader(negative, batch_size=2))
     with pytest.raises(UsageError, match="every_n_epochs=0"):
         FisherMonitor(every_n_epochs=0)
     measured = functools.partial(DANNMLP, hidden_sizes=[12], correction="measured")
