@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lightning_danns.modules import DANNConvNet as DANNConvNet
     from lightning_danns.modules import ImageClassifier as ImageClassifier
     from lightning_danns.modules import ReplicatedClassifier as ReplicatedClassifier
+    from lightning_danns.monitoring import DaleDiagnostics as DaleDiagnostics
     from lightning_danns.optim import DiagonalNGD as DiagonalNGD
     from lightning_danns.optim import fisher_param_groups as fisher_param_groups
 
@@ -39,6 +40,7 @@ _ROOMS = {
     "layers": ("ColumnEILinear", "DANNConv2d", "DANNLinear", "DaleModule", "project_"),
     "optim": ("DiagonalNGD", "fisher_param_groups"),
     "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping", "ReplicaCheckpoint"),
+    "monitoring": ("DaleDiagnostics",),
     "modules": (
         *("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG"),
         *("ImageClassifier", "MLP", "ReplicatedClassifier", "VGG"),

@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # imported so that their classes answer to their short names
-from lightning_danns import data, modules
+from lightning_danns import data, modules, monitoring  # noqa: F401
 from lightning_danns.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from lightning_danns.data.files import write_arrays
 from lightning_danns.errors import UsageError

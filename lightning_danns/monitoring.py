@@ -1,0 +1,169 @@
+"""Watching Dale's networks learn: diagnostics of each layer, logged once an epoch."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lightning_danns.diagnostics import LayerActivity, inspectable_layers, projection_cosine, weight_diagnostics
+from lightning_danns.errors import UsageError
+from lightning_danns.layers import DaleModule
+
+
+class DaleDiagnostics(pl.Callback):
+    """Logs what inhibition does in every layer, as ``LAYER/QUANTITY`` (``network.1/ei_ratio``), a row an epoch.
+
+    The quantities are defined in `lightning_danns.diagnostics`. One batch in ``every_n_batches`` is looked at, from the
+    first on: what its layers compute in the forward pass of training, and the optimizer step that follows, for
+    ``projection_cosine``. The row has means over the epoch's batches, as ``train_loss`` is, and the weights of its end.
+    Training is not disturbed: weights end as without it, to the bit.
+
+    A layer that is not called, not stepped (frozen) or compiled (torch.compile leaves nothing to look at) has the
+    remaining quantities alone. With several processes, activities are those of the batches of the first.
+
+    Args:
+        every_n_epochs: log after every so many epochs.
+        every_n_batches: look at one in so many batches of such an epoch.
+
+    Attributes:
+        latest: the values of the newest row.
+
+    Raises:
+        UsageError: a number below 1.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, every_n_batches: int = 50) -> None:
+        if min(every_n_epochs, every_n_batches) < 1:
+            raise UsageError(
+                f"every_n_epochs={every_n_epochs}, every_n_batches={every_n_batches}: both must be at least 1"
+            )
+        self.every_n_epochs, self.every_n_batches = every_n_epochs, every_n_batches
+        self.latest: dict[str, float] = {}
+        self._forget()
+        self._handles: list[RemovableHandle] = []
+        self._step: _WatchedStep | None = None
+
+    def _forget(self) -> None:
+        self._activity: dict[str, LayerActivity] = {}
+        self._cosines: dict[str, list[float]] = {}
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._due(trainer) or batch_idx % self.every_n_batches:
+            return
+        layers = dict(inspectable_layers(pl_module))
+        names = {layer: name for name, layer in layers.items()}
+
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # before the layer acts, when sharded strategies have its weights whole; not in a compiled graph, nor in
+            # what torch.func does with the batch besides
+            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or layer not in names:
+                return
+            x = next(iter((*args, *kwargs.values())), None)
+            if isinstance(x, Tensor):
+                self._activity.setdefault(names[layer], LayerActivity()).update(layer, x)
+
+        self._handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in names]
+        if self._step is None:
+            self._step = _WatchedStep({n: layer for n, layer in layers.items() if isinstance(layer, DaleModule)})
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._handles or self._step:
+            for name, cosine in self._step.cosines if self._step else ():
+                self._cosines.setdefault(name, []).append(cosine)
+            # gradients may be accumulated over more batches, until the step comes
+            self._look_away(keep_step=bool(self._step and not self._step.taken))
+
+    def _look_away(self, keep_step: bool = False) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._step and not keep_step:
+            self._step.end()
+            self._step = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # before the epoch's checkpoints; every process takes part, because sharded weights are put together here
+        self._look_away()
+        if not self._due(trainer):
+            return
+        values: dict[str, float] = {}
+        for name, layer in inspectable_layers(pl_module):
+            of_layer = self._activity.get(name, LayerActivity()).compute() | weight_diagnostics(layer)
+            if name in self._cosines:
+                of_layer["projection_cosine"] = math.fsum(self._cosines[name]) / len(self._cosines[name])
+            values |= {f"{name}/{quantity}": value for quantity, value in of_layer.items()}
+        self._forget()
+        self.latest = values
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)
+            logger.save()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen of an epoch, so that a fit that goes on within it logs the whole."""
+        return {
+            "activity": {name: activity.sums for name, activity in self._activity.items()},
+            "cosines": self._cosines,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._activity = {name: LayerActivity(sums) for name, sums in state_dict["activity"].items()}
+        self._cosines = {name: list(cosines) for name, cosines in state_dict["cosines"].items()}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._look_away()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._look_away()
+
+
+class _WatchedStep:
+    """The next step of any optimizer: signed weights before it, after it, and after their projection."""
+
+    def __init__(self, layers: dict[str, DaleModule]) -> None:
+        self.layers, self.taken = layers, False
+        self.cosines: list[tuple[str, float]] = []
+        # made after DaleProjection's hook, and so called after it
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._projected),
+        ]
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        self._own = {
+            name: [parameter for _, parameter in layer.nonnegative_parameters() if parameter in stepped]
+            for name, layer in self.layers.items()
+        }
+        self._start = self._copies()
+        # an optimizer's own hooks come before those of all optimizers, of which DaleProjection's is one
+        self._handles.append(optimizer.register_step_post_hook(self._stepped))
+
+    def _copies(self) -> dict[str, list[Tensor]]:
+        return {name: [parameter.detach().clone() for parameter in own] for name, own in self._own.items()}
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._after = self._copies()
+
+    def _projected(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.taken = True
+        for name, own in self._own.items():
+            if own:
+                cosine = projection_cosine(self._start[name], self._after[name], [p.detach() for p in own])
+                if not math.isnan(cosine):  # a layer that was not stepped
+                    self.cosines.append((name, cosine))
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
