@@ -238,9 +238,9 @@ def assert_no_hooks_left(model):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_logged_cosines_are_those_of_steps_taken_by_hand(accumulate, make_trainer):
-    twin = small_dann(lr := 0.1).double()
+@pytest.mark.parametrize(("accumulate", "lr"), [(1, 0.1), (3, 0.5)])
+def test_logged_cosines_are_those_of_steps_taken_by_hand(accumulate, lr, make_trainer):
+    twin = small_dann(lr).double()
     optimizer = twin.configure_optimizers()
     cosines = {name: [] for name in ("network.1", "network.3", "network.5")}
     for k, (x, y) in enumerate(batches()):
@@ -264,7 +264,7 @@ def test_logged_cosines_are_those_of_steps_taken_by_hand(accumulate, make_traine
     callback = DaleDiagnostics(every_n_batches=1)
     trainer = make_trainer(callbacks=[callback], precision="64-true", accumulate_grad_batches=accumulate)
     trainer.fit(small_dann(lr), batches())
-    assert min(map(min, cosines.values())) < 0.99  # something was clamped
+    assert min(map(min, cosines.values())) < 0.997  # something was clamped
     for name, values in cosines.items():
         assert callback.latest[f"{name}/projection_cosine"] == pytest.approx(sum(values) / len(values), rel=1e-9)
 
