@@ -26,6 +26,7 @@ from lightning_danns import (
     DaleProjection,
     DANNConv2d,
     DANNLinear,
+    DiagonalNGD,
     MNISTDataModule,
     ReplicatedClassifier,
     UsageError,
@@ -269,9 +270,11 @@ def test_logged_cosines_are_those_of_steps_taken_by_hand(accumulate, lr, make_tr
         assert callback.latest[f"{name}/projection_cosine"] == pytest.approx(sum(values) / len(values), rel=1e-9)
 
 
-def test_logged_activities_are_those_of_the_inspected_batches(make_trainer):
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, DiagonalNGD])  # which differentiates the batch once more
+def test_logged_activities_are_those_of_the_inspected_batches(optimizer, make_trainer):
     callback = DaleDiagnostics(every_n_batches=2)
-    model = small_dann(0.0)
+    model = small_dann(correction="none")
+    model.optimizer_factory = functools.partial(optimizer, lr=0.0)
     make_trainer(callbacks=[callback]).fit(model, batches())
     x = torch.cat([x for k, (x, _) in enumerate(batches()) if k % 2 == 0]).flatten(1)
     for index in (1, 3, 5):
@@ -280,6 +283,15 @@ def test_logged_activities_are_those_of_the_inspected_batches(make_trainer):
         assert logged == pytest.approx(expected, rel=1e-4, abs=1e-6)
         x = model.network[index](x).relu()
     assert not any("cosine" in name for name in callback.latest)  # of no step
+
+
+def test_mixed_precision_does_not_round_what_is_looked_at(make_trainer):
+    callback = DaleDiagnostics(every_n_batches=1)
+    model = small_dann(0.0)
+    make_trainer(callbacks=[callback], precision="bf16-mixed").fit(model, batches())
+    expected = layer_diagnostics(model.network[1], torch.cat([x for x, _ in batches()]).flatten(1))
+    assert callback.latest["network.1/z_std"] == pytest.approx(expected["z_std"], rel=1e-5)
+    assert callback.latest["network.1/ei_ratio"] == pytest.approx(expected["ei_ratio"], rel=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
