@@ -181,7 +181,7 @@ def projection_cosine(start: Sequence[Tensor], stepped: Sequence[Tensor], projec
     lengths = float(free.norm() * kept.norm())
     if lengths == 0:
         return 0.0 if bool(free.any()) else math.nan
-    return float(free @ kept) / lengths
+    return min(float(free @ kept) / lengths, 1.0)  # not above by rounding
 
 
 def _whole(parameter: Tensor) -> Tensor:
