@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from lightning_danns.modules import DANNConvNet as DANNConvNet
     from lightning_danns.modules import ImageClassifier as ImageClassifier
     from lightning_danns.modules import ReplicatedClassifier as ReplicatedClassifier
-    from lightning_danns.monitors import FisherMonitor as FisherMonitor
+    from lightning_danns.monitoring import DaleDiagnostics as DaleDiagnostics
+    from lightning_danns.monitoring import FisherMonitor as FisherMonitor
     from lightning_danns.optim import DiagonalNGD as DiagonalNGD
     from lightning_danns.optim import fisher_param_groups as fisher_param_groups
     from lightning_danns.optim import fisher_ratios as fisher_ratios
@@ -41,8 +42,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "layers": ("ColumnEILinear", "DANNConv2d", "DANNLinear", "DaleModule", "project_"),
     "optim": ("DiagonalNGD", "fisher_param_groups", "fisher_ratios", "measured_factors"),
-    "monitors": ("FisherMonitor",),
     "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping", "ReplicaCheckpoint"),
+    "monitoring": ("DaleDiagnostics", "FisherMonitor"),
     "modules": (
         *("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG"),
         *("ImageClassifier", "MLP", "ReplicatedClassifier", "VGG"),

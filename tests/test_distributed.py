@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
 import lightning_danns.run_folder as folders
-from lightning_danns import DANNMLP, DANNLinear, MNISTDataModule, UsageError, project_
+from lightning_danns import DANNMLP, DaleDiagnostics, DANNLinear, MNISTDataModule, UsageError, project_
+from lightning_danns.diagnostics import effective_rank
 from lightning_danns.layers import sign_violations
 
 
@@ -131,11 +132,11 @@ FSDP_ON_CPU = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), 
 @FSDP_ON_CPU
 def test_sharded_weights_train_and_resume_like_whole_ones(folder):
     def work(rank):
-        def trainer(epochs):
+        def trainer(epochs, **kwargs):
             strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
             return pl.Trainer(
                 accelerator="cpu", devices=2, strategy=strategy, max_epochs=epochs, logger=False,
-                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **kwargs,
             )  # fmt: skip
 
         def model():
@@ -149,14 +150,15 @@ def test_sharded_weights_train_and_resume_like_whole_ones(folder):
         half = trainer(1)
         half.fit(first, datamodule=data())
         half.save_checkpoint("half.ckpt")
-        trainer(2).fit(straight, datamodule=data())
+        diagnostics = DaleDiagnostics(every_n_batches=1)
+        trainer(2, callbacks=[diagnostics]).fit(straight, datamodule=data())
         trainer(2).fit(resumed, datamodule=data(), ckpt_path="half.ckpt")
         assert isinstance(straight.network[1].Wei, DTensor)
         for name, weight in straight.named_parameters():
             assert torch.equal(weight.full_tensor(), resumed.get_parameter(name).full_tensor()), name
         rates = {group["name"]: group["lr"] for group in straight.trainer.optimizers[0].param_groups}
         whole = {name: weight.full_tensor() for name, weight in straight.named_parameters()}
-        torch.save({"weights": whole, "rates": rates}, f"sharded{rank}.pt")
+        torch.save({"weights": whole, "rates": rates, "diagnostics": diagnostics.latest}, f"sharded{rank}.pt")
 
     assert wait(start(work, 2)) == [0, 0]
     fit(0, 1, 30, "--run_dir=alone", "--model.optimizer.momentum=0.9")
@@ -166,6 +168,12 @@ def test_sharded_weights_train_and_resume_like_whole_ones(folder):
         torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-3, atol=1e-5)
         assert name.rsplit(".")[-1] in ("alpha", "b") or weight.min() >= 0
     assert min(weight.min() for name, weight in sharded["weights"].items() if name.endswith("Wex")) == 0  # was clamped
+    Wex, Wix, Wei = (alone["weights"][f"network.1.{name}"] for name in ("Wex", "Wix", "Wei"))
+    seen = sharded["diagnostics"]
+    assert seen["network.1/effective_rank"] == pytest.approx(effective_rank(Wex - Wei @ Wix), rel=1e-3)
+    assert seen["network.1/zeros_Wex"] == pytest.approx(float((Wex == 0).float().mean()), rel=1e-3)
+    assert seen["network.1/ei_ratio"] > 0
+    assert 0 < seen["network.1/projection_cosine"] < 1
 
 
 @FSDP_ON_CPU

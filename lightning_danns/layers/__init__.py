@@ -3,12 +3,13 @@
 from lightning_danns.layers.column_ei import ColumnEILinear
 from lightning_danns.layers.dale import (
     DaleModule,
+    DANNComponents,
     dale_layers,
     project_,
     refuse_negative_inputs,
     sign_violations,
+    unobservable,
 )
-from lightning_danns.layers.dann import DANNComponents
 from lightning_danns.layers.dann_conv import DANNConv2d
 from lightning_danns.layers.dann_linear import DANNLinear
 
@@ -22,4 +23,5 @@ __all__ = [
     "project_",
     "refuse_negative_inputs",
     "sign_violations",
+    "unobservable",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import exponential_
-from lightning_danns.layers.dale import DaleModule
+from lightning_danns.layers.dale import DaleModule, DANNComponents
 
 
 class ColumnEILinear(DaleModule):
@@ -109,6 +109,17 @@ class ColumnEILinear(DaleModule):
                 f"input of shape {tuple(x.shape)}: this layer takes {self.in_features} features in the last dimension"
             )
         return F.linear(x * self.sign, self.W, self.b)
+
+    def components(self, x: Tensor) -> DANNComponents:
+        """Drive from the excitatory inputs, the inhibitory inputs, and what they subtract, for analysis."""
+        ne = self.in_features - self.ni
+        z_e, subtraction = F.linear(x[..., :ne], self.W[:, :ne]), F.linear(x[..., ne:], self.W[:, ne:])
+        z = z_e - subtraction
+        return DANNComponents(z_e, x[..., ne:], subtraction, None, z if self.b is None else z + self.b)
+
+    def net_weight(self) -> Tensor:
+        """W D."""
+        return self.W * self.sign
 
     def extra_repr(self) -> str:
         return (

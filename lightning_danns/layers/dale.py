@@ -5,13 +5,23 @@ parameter names nor concrete types, so a new layer joins by declaring itself.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_danns.errors import UsageError
+
+
+class DANNComponents(NamedTuple):
+    """The parts of one layer's computation. With subtraction alone, ``gamma`` is None."""
+
+    z_e: Tensor
+    z_i: Tensor
+    subtraction: Tensor
+    gamma: Tensor | None
+    z: Tensor
 
 
 class DaleModule(nn.Module):
@@ -21,9 +31,11 @@ class DaleModule(nn.Module):
         nonnegative: names of the layer's own parameters that must stay >= 0. Names whose parameter is None
             (a switched-off option) are passed over.
         nonnegative_inputs: whether the layer is only defined for inputs >= 0.
+        unit_dim: the dimension of its output that counts units; -1, or -3 for a convolution over images.
 
     Methods:
         lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
+        components, net_weight: for analysis (`lightning_danns.diagnostics`), if the layer has such parts.
 
     Example:
         >>> class Excitatory(DaleModule):
@@ -47,10 +59,19 @@ class DaleModule(nn.Module):
 
     nonnegative: ClassVar[tuple[str, ...]] = ()
     nonnegative_inputs: ClassVar[bool] = True
+    unit_dim: ClassVar[int] = -1
 
     def lr_factors(self) -> dict[str, float]:
         """Learning-rate factor by name of own parameter; a name left out has factor 1."""
         return {}
+
+    def components(self, x: Tensor) -> DANNComponents | None:
+        """Every part of the computation for input ``x``, for analysis; None if the layer does not tell."""
+        return None
+
+    def net_weight(self) -> Tensor | None:
+        """Excitation less inhibition, as it acts on the input: (units, ...); None if the layer does not tell."""
+        return None
 
     def nonnegative_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that must stay >= 0."""

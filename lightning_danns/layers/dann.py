@@ -14,7 +14,7 @@ of operations that is fastest for it.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lightning_danns.initialization import (
     inhibition_iid_,
     log_gain,
 )
-from lightning_danns.layers.dale import DaleModule
+from lightning_danns.layers.dale import DaleModule, DANNComponents
 
 EPS = 1e-8
 """Added to gamma, so that a unit without any inhibition does not divide by zero."""
@@ -53,16 +53,6 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 def _scale_rows(weight: Tensor, by: Tensor) -> Tensor:
     return by.view(-1, *[1] * (weight.dim() - 1)) * weight
-
-
-class DANNComponents(NamedTuple):
-    """The parts of one layer's computation. With subtraction alone, ``gamma`` is None."""
-
-    z_e: Tensor
-    z_i: Tensor
-    subtraction: Tensor
-    gamma: Tensor | None
-    z: Tensor
 
 
 class DANN(DaleModule):
@@ -162,6 +152,11 @@ class DANN(DaleModule):
                 z = z + self._per_unit(self.b)
         return DANNComponents(z_e, z_i, subtraction, gamma, z.to(self.Wex.dtype))
 
+    def net_weight(self) -> Tensor:
+        """Wex - Wei Wix, in the shape of Wex."""
+        grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (self.Wei, self.Wix))
+        return self.Wex - torch.bmm(*grouped).view(self.Wex.shape)
+
     def _folded(self, x: Tensor) -> Tensor:
         """z, with what acts linearly on the input folded into the weights:
 
@@ -171,9 +166,7 @@ class DANN(DaleModule):
         drives. It costs Wei Wix once a batch: little where weights are applied many times, as in a convolution.
         """
         with without_autocast(x):
-            grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (self.Wei, self.Wix))
-            net: Tensor = self.Wex - torch.bmm(*grouped).view(self.Wex.shape)
-            Wix: Tensor = self.Wix
+            net, Wix = self.net_weight(), self.Wix  # type: Tensor, Tensor
             if self.alpha is not None and self.g is not None:
                 net, Wix = _scale_rows(net, self.g), _scale_rows(Wix, self.alpha.exp())
         z = at_least_float32(self._drive(x, net))

@@ -69,6 +69,8 @@ class DANNConv2d(DANN):
         True
     """
 
+    unit_dim = -3
+
     def __init__(
         self,
         in_channels: int,

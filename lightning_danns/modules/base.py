@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_danns.callbacks import DaleProjection
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
-from lightning_danns.monitors import FisherMonitor
+from lightning_danns.monitoring import FisherMonitor
 from lightning_danns.optim import (
     fisher_optimizer,
     fisher_param_groups,

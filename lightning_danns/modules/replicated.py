@@ -18,6 +18,7 @@ from lightning_danns.callbacks import ReplicaCheckpoint, ReplicaProjection
 from lightning_danns.checkpoints import AtomicCheckpointIO
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.base import ImageClassifier
+from lightning_danns.monitoring import DaleDiagnostics
 from lightning_danns.optim import fisher_optimizer, fisher_param_groups
 
 STEPS = (
@@ -228,6 +229,11 @@ class ReplicatedClassifier(ImageClassifier):
             )
         if stage == "fit" and self.trainer.precision == "16-mixed":
             raise UsageError("with precision 16-mixed, a step that one replica skips is lost to all: use bf16-mixed")
+        if any(isinstance(callback, DaleDiagnostics) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise UsageError(
+                "DaleDiagnostics looks at the layers of one network, which replicas compute as one stack: fit one seed "
+                "and learning rate by itself to look at it"
+            )
         self._stacks, self._met_inputs = {}, False
         for replica in self.replicas:
             replica.trainer = self.trainer

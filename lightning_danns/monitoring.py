@@ -1,0 +1,234 @@
+"""Watching Dale's networks learn: what inhibition does in each layer, and how much its parameters matter."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lightning_danns.diagnostics import LayerActivity, inspectable_layers, projection_cosine, weight_diagnostics
+from lightning_danns.errors import UsageError
+from lightning_danns.layers import DaleModule, dale_layers, unobservable
+from lightning_danns.optim import change_factors_, fisher_ratios, measured_factors
+
+
+class DaleDiagnostics(pl.Callback):
+    """Logs what inhibition does in every layer, as ``LAYER/QUANTITY`` (``network.1/ei_ratio``), a row an epoch.
+
+    The quantities are defined in `lightning_danns.diagnostics`. One batch in ``every_n_batches`` is looked at, from the
+    first on: what its layers compute in the forward pass of training, and the optimizer step that follows, for
+    ``projection_cosine``. The row has means over the epoch's batches, as ``train_loss`` is, and the weights of its end.
+    Training is not disturbed: weights end as without it, to the bit.
+
+    On a CPU core (784-500-500-500-10, batch 32), a batch that is looked at takes the time of 1.6 more steps, the end of
+    an epoch that of 11 (singular values, which grow with the cube of the layers' width): 2 % of an epoch of MNIST.
+
+    A layer that is not called, not stepped (frozen) or compiled (torch.compile leaves nothing to look at) has the
+    remaining quantities alone. With several processes, activities are those of the batches of the first.
+
+    Args:
+        every_n_epochs: log after every so many epochs.
+        every_n_batches: look at one in so many batches of such an epoch.
+
+    Attributes:
+        latest: the values of the newest row.
+
+    Raises:
+        UsageError: a number below 1.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, every_n_batches: int = 100) -> None:
+        if min(every_n_epochs, every_n_batches) < 1:
+            raise UsageError(
+                f"every_n_epochs={every_n_epochs}, every_n_batches={every_n_batches}: both must be at least 1"
+            )
+        self.every_n_epochs, self.every_n_batches = every_n_epochs, every_n_batches
+        self.latest: dict[str, float] = {}
+        self._forget()
+        self._handles: list[RemovableHandle] = []
+        self._step: _WatchedStep | None = None
+
+    def _forget(self) -> None:
+        self._activity: dict[str, LayerActivity] = {}
+        self._cosines: dict[str, list[float]] = {}
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._due(trainer) or batch_idx % self.every_n_batches:
+            return
+        layers = dict(inspectable_layers(pl_module))
+        names = {layer: name for name, layer in layers.items()}
+
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # before the layer acts, when sharded strategies have its weights whole; not in a compiled graph, nor in
+            # what torch.func does with the batch besides
+            if unobservable() or layer not in names:
+                return
+            x = next(iter((*args, *kwargs.values())), None)
+            if isinstance(x, Tensor):
+                self._activity.setdefault(names[layer], LayerActivity()).update(layer, x)
+
+        self._handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in names]
+        if self._step is None:
+            self._step = _WatchedStep({n: layer for n, layer in layers.items() if isinstance(layer, DaleModule)})
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._handles or self._step:
+            for name, cosine in self._step.cosines if self._step else ():
+                self._cosines.setdefault(name, []).append(cosine)
+            # gradients may be accumulated over more batches, until the step comes
+            self._look_away(keep_step=bool(self._step and not self._step.taken))
+
+    def _look_away(self, keep_step: bool = False) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._step and not keep_step:
+            self._step.end()
+            self._step = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # before the epoch's checkpoints; every process takes part, because sharded weights are put together here
+        self._look_away()
+        if not self._due(trainer):
+            return
+        values: dict[str, float] = {}
+        for name, layer in inspectable_layers(pl_module):
+            of_layer = self._activity.get(name, LayerActivity()).compute() | weight_diagnostics(layer)
+            if name in self._cosines:
+                of_layer["projection_cosine"] = math.fsum(self._cosines[name]) / len(self._cosines[name])
+            values |= {f"{name}/{quantity}": value for quantity, value in of_layer.items()}
+        self._forget()
+        self.latest = values
+        for logger in trainer.loggers:
+            logger.log_metrics({**values, "epoch": trainer.current_epoch}, trainer.global_step - 1)
+            logger.save()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen of an epoch, so that a fit that goes on within it logs the whole."""
+        return {
+            "activity": {name: activity.sums for name, activity in self._activity.items()},
+            "cosines": self._cosines,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._activity = {name: LayerActivity(sums) for name, sums in state_dict["activity"].items()}
+        self._cosines = {name: list(cosines) for name, cosines in state_dict["cosines"].items()}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._look_away()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._look_away()
+
+
+class _WatchedStep:
+    """The next step of any optimizer: signed weights before it, after it, and after their projection."""
+
+    def __init__(self, layers: dict[str, DaleModule]) -> None:
+        self.layers, self.taken = layers, False
+        self.cosines: list[tuple[str, float]] = []
+        # made after DaleProjection's hook, and so called after it
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._projected),
+        ]
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        self._own = {
+            name: [parameter for _, parameter in layer.nonnegative_parameters() if parameter in stepped]
+            for name, layer in self.layers.items()
+        }
+        self._start = self._copies()
+        # an optimizer's own hooks come before those of all optimizers, of which DaleProjection's is one
+        self._handles.append(optimizer.register_step_post_hook(self._stepped))
+
+    def _copies(self) -> dict[str, list[Tensor]]:
+        return {name: [parameter.detach().clone() for parameter in own] for name, own in self._own.items()}
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._after = self._copies()
+
+    def _projected(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.taken = True
+        for name, own in self._own.items():
+            if own:
+                cosine = projection_cosine(self._start[name], self._after[name], [p.detach() for p in own])
+                if not math.isnan(cosine):  # a layer that was not stepped
+                    self.cosines.append((name, cosine))
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class FisherMonitor(pl.Callback):
+    """Measures the diagonal Fisher information of each kind of parameter, relative to Wex (see `fisher_ratios`).
+
+    It does so on the first batch of a fit, before its step, and prints the ratios beside those that the published
+    factors assume. Under ``correction="measured"`` they become the learning-rate factors (see `measured_factors`); the
+    module then attaches this callback by itself. The loggers get them as ``LAYER/fisher_KIND``.
+
+    Args:
+        every_n_epochs: measure again on the first batch of every so many epochs, and under ``correction="measured"``
+            go on with the new factors. Not given: only once.
+
+    Raises:
+        UsageError: the module has no ``network``, or one whose samples have no gradients of their own (batch norm).
+    """
+
+    def __init__(self, every_n_epochs: int | None = None) -> None:
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise UsageError(f"every_n_epochs={every_n_epochs}: it must be at least 1, or null to measure only once")
+        self.every_n_epochs = every_n_epochs
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        epoch = trainer.current_epoch
+        if batch_idx > 0 or (epoch > 0 and (self.every_n_epochs is None or epoch % self.every_n_epochs)):
+            return
+        network = getattr(pl_module, "network", None)
+        if not isinstance(network, torch.nn.Module):
+            raise UsageError(f"FisherMonitor measures pl_module.network, which {type(pl_module).__name__} has not")
+        images = batch[0]
+        generator = torch.Generator(images.device).manual_seed(epoch)  # not torch's, which training draws from
+        measured = fisher_ratios(network, images, generator)
+        names = [(layer, kind) for layer, kinds in measured.items() for kind in kinds]
+        local = torch.tensor([measured[layer][kind] for layer, kind in names], device=images.device)
+        values: Any = trainer.strategy.reduce(local, reduce_op="mean")  # over all processes
+        ratios: dict[str, dict[str, float]] = {}
+        for (layer, kind), value in zip(names, values.tolist(), strict=True):
+            ratios.setdefault(layer, {})[kind] = value
+        if epoch == 0:
+            rank_zero_info(_table(network, ratios))
+        logged = {f"network.{layer}/fisher_{kind}": ratios[layer][kind] for layer, kind in names}
+        for logger in trainer.loggers:
+            logger.log_metrics({**logged, "epoch": epoch}, trainer.global_step)
+        if getattr(pl_module, "correction", None) == "measured":
+            factors = {f"network.{name}": factor for name, factor in measured_factors(network, ratios).items()}
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            for optimizer in trainer.optimizers:
+                change_factors_(optimizer, factors, schedulers)
+
+
+def _table(network: torch.nn.Module, ratios: dict[str, dict[str, float]]) -> str:
+    lines = ["Fisher information relative to the layer's first parameter: measured (assumed by the published factors)"]
+    for name, layer in dale_layers(network):
+        assumed = {kind: 1 / factor for kind, factor in layer.lr_factors().items()}
+        cells = [
+            f"{kind} {ratio:.2g}" + (f" ({assumed[kind]:.2g})" if kind in assumed else "")
+            for kind, ratio in ratios.get(name, {}).items()
+        ]
+        lines.append(f"  network.{name}: " + ", ".join(cells))
+    return "\n".join(lines)
