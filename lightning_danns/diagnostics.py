@@ -14,7 +14,7 @@ standard deviation of z_hat over the units of sample s.
                         ReLU silences (means nothing of logits)
     dead_interneurons   share of interneurons with z_i = 0 in every sample    0 to 1    0 | 0
 
-LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0 by definition. Of its weights
+A sample whose inputs are all 0 (a black patch) has z_hat = 0 and counts with d_s = 0. LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0 by definition. Of its weights
 (`weight_diagnostics`), with singular values sigma_k of Wex - Wei Wix, p_k = sigma_k / sum sigma, H = -sum p_k log p_k:
 
     zeros_Wex, ...      share of entries that are exactly 0, of each          0 to 1    0 | 0
