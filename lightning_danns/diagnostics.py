@@ -14,7 +14,7 @@ standard deviation of z_hat over the units of sample s.
                         ReLU silences (means nothing of logits)
     dead_interneurons   share of interneurons with z_i = 0 in every sample    0 to 1    0 | 0
 
-A sample whose inputs are all 0 (a black patch) has z_hat = 0 and counts with d_s = 0. LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0 by definition. Of its weights
+LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0 by definition. Of its weights
 (`weight_diagnostics`), with singular values sigma_k of Wex - Wei Wix, p_k = sigma_k / sum sigma, H = -sum p_k log p_k:
 
     zeros_Wex, ...      share of entries that are exactly 0, of each          0 to 1    0 | 0
@@ -26,7 +26,8 @@ Of a step (`projection_cosine`): the cosine of the angle by which the projection
 (nothing was clamped).
 
 The values at the start are those of DANNMLP 784-500-500-500-10 with 50 interneurons a layer, of 3 seeds, on 608 images
-of MNIST5k. ColumnEILinear has its inhibitory inputs for interneurons, and z_hat = (W D) x.
+of MNIST5k. A sample whose inputs are all 0 (a black patch) counts with z_hat = 0. ColumnEILinear has its inhibitory
+inputs for interneurons, and z_hat = (W D) x.
 """
 
 import math
