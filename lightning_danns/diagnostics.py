@@ -26,7 +26,8 @@ Of a step (`projection_cosine`): the cosine of the angle by which the projection
 (nothing was clamped).
 
 The values at the start are those of DANNMLP 784-500-500-500-10 with 50 interneurons a layer, of 3 seeds, on 608 images
-of MNIST5k. ColumnEILinear has its inhibitory inputs for interneurons, and z_hat = (W D) x.
+of MNIST5k. A sample whose inputs are all 0 (a black patch) counts with z_hat = 0. ColumnEILinear has its inhibitory
+inputs for interneurons, and z_hat = (W D) x.
 """
 
 import math

@@ -25,8 +25,8 @@ class DaleDiagnostics(pl.Callback):
     ``projection_cosine``. The row has means over the epoch's batches, as ``train_loss`` is, and the weights of its end.
     Training is not disturbed: weights end as without it, to the bit.
 
-    On a CPU core (784-500-500-500-10, batch 32), a batch that is looked at takes the time of 1.6 more steps, the end of
-    an epoch that of 11 (singular values, which grow with the cube of the layers' width): 2 % of an epoch of MNIST.
+    On a CPU core (784-500-500-500-10, batch 32), a batch that is looked at takes the time of 1.6 more steps, and the
+    end of an epoch that of 11 (singular values, by the cube of the layers' width): 2 % of an epoch of MNIST.
 
     A layer that is not called, not stepped (frozen) or compiled (torch.compile leaves nothing to look at) has the
     remaining quantities alone. With several processes, activities are those of the batches of the first.

@@ -364,6 +364,13 @@ def test_an_epoch_that_ends_early_is_logged_and_others_only_when_they_are_due(ma
     assert epochs(max_epochs=-1, max_steps=8) == ["0", "1"]
 
 
+def test_a_row_is_of_its_epoch_alone(make_trainer):
+    each, second = DaleDiagnostics(), DaleDiagnostics(every_n_epochs=2)
+    for callback in (each, second):
+        make_trainer(callbacks=[callback], max_epochs=2).fit(small_dann(0.1), batches())
+    assert each.latest == second.latest
+
+
 class Odd(pl.LightningModule):
     """A layer called twice, one never, one frozen, one that tells nothing, and optimization by hand."""
 
