@@ -102,10 +102,10 @@ def learning_rate_points(runs: pd.DataFrame, last: int) -> pd.DataFrame:
         accuracy = run[column].dropna()
         if column == "test_accuracy":  # nothing may be selected by test images, so no best epoch
             accuracy = run[run.epoch > run.epoch.max() - last][column].dropna()
-        best = accuracy.max() if column == "val_accuracy" else accuracy.mean()
+        best = accuracy.max() if column == "val_accuracy" else accuracy.mean()  # NaN if there is none
         first = run.iloc[0]
         state = "diverged" if first.diverged else "finished" if first.finished else "stopped"
-        if len(accuracy) and (first.finished or first.trial or first.diverged):  # no runs that are still going
+        if first.diverged or (len(accuracy) and (first.finished or first.trial)):  # no runs that are still going
             rows.append([first.family, first.lr, 100 * (1 - best), state, column])
     return pd.DataFrame(rows, columns=["family", "lr", "error", "state", "error_of"])
 

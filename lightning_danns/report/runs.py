@@ -24,6 +24,8 @@ try:
 except ImportError as error:
     raise UsageError('reports need pandas and matplotlib: pip install -e ".[study]"') from error
 
+from lightning_danns.report.trials import amend
+
 NOT_RUNS = {"test", "validate", "predict", "replicas", "checkpoints"}
 """Folders inside a run: what its other commands wrote."""
 
@@ -67,7 +69,8 @@ def read(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
             omitted[str(path)] = str(reason)
     if not frames:
         return pd.DataFrame({name: [] for name in ("folder", "arm", "data", "trial", "finished", *METRICS)}), omitted
-    runs = pd.concat(frames, ignore_index=True)
+    runs = amend(pd.concat(frames, ignore_index=True))
+    omitted = {folder: reason for folder, reason in omitted.items() if folder not in set(runs.folder)}
     for name in METRICS:
         if name not in runs:
             runs[name] = float("nan")
@@ -163,7 +166,7 @@ def _run(folder: Path, config: dict[str, Any], metrics: pd.DataFrame) -> pd.Data
         "lr": _learning_rate(model),
         "data": _data(config["data"]),
         "trial": trial,
-        "finished": bool(reached) and (folder / "checkpoints" / "last.ckpt").exists(),
+        "finished": bool(reached) and (trial or (folder / "checkpoints" / "last.ckpt").exists()),
         "diverged": bool(done) and (losses.empty or losses.index[-1] < done - 1),
         "max_epochs": max_epochs if limit else None,
         "folder": str(folder),
