@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,33 +26,36 @@ def learning_curves(runs: pd.DataFrame, errors: pd.DataFrame, error_of: str, loo
     shown = runs[runs.folder.isin(errors.folder)].dropna(subset=[name])
     if shown.empty:
         return None
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.9))
     values = 100 * (1 - shown[name])
     order = errors.groupby("arm").error.mean().sort_values(ascending=False).index  # as the lines lie at their ends
-    for arm in order:
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.9) if len(order) <= 5 else (PAGE, 3.6))
+    for k, arm in enumerate(order):
         by_epoch = values[shown.arm == arm].groupby(shown.epoch[shown.arm == arm] + 1)
         mean, style = by_epoch.mean(), look[arm]
-        if mean.empty:
-            continue
         axes.fill_between(mean.index, by_epoch.min(), by_epoch.max(), color=style["color"], alpha=0.2, linewidth=0)
-        axes.plot(mean.index, mean, **style, markevery=max(1, len(mean) // 6), label=arm)
+        every = max(1, len(mean) // 6)
+        axes.plot(mean.index, mean, **style, markevery=(k * every // len(order), every), label=arm)
     axes.set(xlabel="epoch", ylabel=f"{'test' if name.startswith('test') else 'validation'} error (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    scale_errors(axes, "y", values)
-    _legend_below(figure, len(order))
+    top = 3 * errors.error.max()  # the start of training may leave the figure, its end may not
+    scale_errors(axes, "y", np.minimum(values, top))
+    if axes.get_ylim()[1] > 1.2 * top:
+        axes.set_ylim(top=top)
+    _legend_outside(figure)
     return figure
 
 
 def seeds(errors: pd.DataFrame, rows: pd.DataFrame, look: dict[str, Style]) -> Figure:
-    """Error of each arm, the best on top: every seed a point, the mean a bar, and its 95 % interval a line."""
-    figure, axes = plt.subplots(figsize=(COLUMN, 0.75 + 0.33 * len(rows)))
+    """Error of each arm, the best on top: every seed a point, above them their mean and its 95 % interval."""
+    longest = max(map(len, rows.arm))
+    figure, axes = plt.subplots(figsize=(COLUMN + 0.06 * max(0, longest - 16), 0.7 + 0.36 * len(rows)))
     for y, row in enumerate(rows.itertuples()):
         points, style = errors[errors.arm == row.arm].error, look[row.arm]
-        spread = np.linspace(-0.18, 0.18, len(points)) if len(points) > 1 else [0.0]
+        below = y + np.linspace(0.05, 0.3, len(points)) if len(points) > 1 else [y]
+        axes.plot(points, below, style["marker"], color=style["color"], alpha=0.75)
         if len(points) > 1:
-            axes.plot([row.low, row.high], [y, y], color="black", linewidth=0.9, marker="|", markersize=5)
-            axes.plot(row.error, y, "|", color="black", markersize=14, markeredgewidth=1.6, zorder=4)
-        axes.plot(points, y + np.asarray(spread), style["marker"], color=style["color"], alpha=0.75, zorder=3)
+            axes.plot([row.low, row.high], [y - 0.18] * 2, color="black", linewidth=1, marker="|", markersize=4)
+            axes.plot(row.error, y - 0.18, "|", color="black", markersize=8, markeredgewidth=2)
     axes.set_yticks(range(len(rows)), rows.arm)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{rows.error_of.iloc[0]} (%)")
     axes.tick_params(axis="y", length=0)
@@ -65,14 +69,14 @@ def learning_rates(runs: pd.DataFrame, last: int, look: dict[str, Style]) -> Fig
     """Lowest validation error against learning rate; where there is none, test error of the last epochs.
 
     Joined are runs that were trained to their end; those that were stopped before are hollow, those that diverged are
-    crosses at the upper edge. None if no family of arms has two learning rates.
+    above. None if no family of arms has two learning rates.
     """
     points = learning_rate_points(runs, last)
     if points.empty or points.groupby("family").lr.nunique().max() < 2:
         return None
-    figure, axes = plt.subplots(figsize=(COLUMN, 2.9))
+    figure, axes = plt.subplots(figsize=(COLUMN, 2.9) if points.family.nunique() <= 5 else (PAGE, 3.6))
     scale_errors(axes, "y", points.error[points.state != "diverged"])
-    for family, group in points.groupby("family"):
+    for k, (family, group) in enumerate(points.groupby("family")):
         style = look[family]
         whole, stopped = (group[group.state == state] for state in ("finished", "stopped"))
         diverged = group[group.state == "diverged"]
@@ -80,17 +84,17 @@ def learning_rates(runs: pd.DataFrame, last: int, look: dict[str, Style]) -> Fig
         axes.plot(line.index, line, **{**style, "marker": ""})
         axes.plot(whole.lr, whole.error, style["marker"], color=style["color"], alpha=0.8)
         axes.plot(stopped.lr, stopped.error, style["marker"], color=style["color"], fillstyle="none")
-        top = axes.get_xaxis_transform()
-        axes.plot(diverged.lr, [1.0] * len(diverged), "x", color=style["color"], transform=top, clip_on=False)
+        above: Any = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(diverged.lr, [1.03 + 0.05 * k] * len(diverged), style["marker"], color=style["color"], **above)
         axes.plot([], [], **style, label=family)
-    for state, marker in (("stopped", "o"), ("diverged", "x")):
-        if (points.state == state).any():
-            label = {"stopped": "stopped early", "diverged": "diverged"}[state]
-            axes.plot([], [], marker, color="0.4", fillstyle="none", label=label)
+    if (points.state == "diverged").any():
+        axes.text(0.02, 1.0, "diverged:", transform=axes.transAxes, va="bottom")
+    if (points.state == "stopped").any():
+        axes.plot([], [], "o", color="0.4", fillstyle="none", label="stopped early")
     kind = "lowest validation error" if points.error_of.iloc[0].startswith("val") else "test error"
     axes.set(xlabel="learning rate", ylabel=f"{kind} (%)", xscale="log")
     plain_log(axes.xaxis, points.lr)
-    _legend_below(figure, points.family.nunique() + points.state[points.state != "finished"].nunique())
+    _legend_outside(figure)
     return figure
 
 
@@ -144,15 +148,19 @@ def _panels(logged: pd.DataFrame) -> Figure:
         panel.set_visible(False)
     for column in range(columns):
         lowest = max(row for row in range(count) if row * columns + column < len(quantities))
-        axes[lowest, column].set_xlabel("epoch")
         axes[lowest, column].tick_params(labelbottom=True)
+    figure.supxlabel("epoch", fontsize=8)
     handles = {label: h for panel in axes.flat for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(4, len(layers)))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(layers)))
     return figure
 
 
-def _legend_below(figure: Figure, count: int) -> None:
+def _legend_outside(figure: Figure) -> None:
+    """Below a figure as wide as a column, to the right of a wider one."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = 1 if max(map(len, labels), default=0) > 30 else min(2, count)
-    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(count / columns))
+    if figure.get_figwidth() > COLUMN:
+        figure.legend(handles, labels, loc="outside right upper")
+        return
+    columns = 1 if max(map(len, labels), default=0) > 24 else 2
+    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(labels) / columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -81,7 +81,7 @@ class _Report:
         self.figure(
             figures.seeds(errors, arms, self.look),
             f"{name} seeds",
-            f"{title}: every seed a point, their mean a bar, its 95 % interval (Student's t) a line.",
+            f"{title}: every seed a point; above them their mean and its 95 % interval (Student's t).",
         )
 
     def diagnostics(self) -> None:
