@@ -24,9 +24,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if given.last < 1:
             raise UsageError(f"--last {given.last}: it must be at least 1")
         # not before: it needs pandas and matplotlib, and says so
-        from lightning_danns.report.write import write
+        from lightning_danns.report import write_report
 
-        print(write(given.runs, given.out or given.runs[0] / "report", given.last, given.distributions))
+        print(write_report(given.runs, given.out or given.runs[0] / "report", given.last, given.distributions))
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -39,8 +39,8 @@ def learning_curves(runs: pd.DataFrame, errors: pd.DataFrame, error_of: str, loo
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     top = 3 * errors.error.max()  # the start of training may leave the figure, its end may not
     scale_errors(axes, "y", np.minimum(values, top))
-    if axes.get_ylim()[1] > 1.2 * top:
-        axes.set_ylim(top=top)
+    if axes.get_yscale() == "log":
+        axes.set_ylim(0.9 * values[values > 0].min(), min(top, 1.1 * values.max()))
     _legend_outside(figure)
     return figure
 

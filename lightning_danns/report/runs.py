@@ -15,15 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from lightning_danns.errors import UsageError
-
-try:
-    import pandas as pd
-except ImportError as error:
-    raise UsageError('reports need pandas and matplotlib: pip install -e ".[study]"') from error
-
 from lightning_danns.report.trials import amend
 
 NOT_RUNS = {"test", "validate", "predict", "replicas", "checkpoints"}

@@ -43,19 +43,17 @@ def run_errors(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
     Sweeps' trials are left out. ``epochs``: how many epochs the mean is over; 0 if it is that of a checkpoint.
     """
     rows = []
+    kept = ["data", "arm", "family", "seed", "lr", "max_epochs", "diverged", "device"]
     for folder, run in runs[runs.finished & ~runs.trial].groupby("folder", sort=False):
         end = run[run.epoch > run.epoch.max() - last]
         for name, error_of in ERRORS.items():
             values = end[name].dropna() if name in end else end.epoch[:0]
             if len(values):
-                first = run.iloc[0]
-                row = {key: first[key] for key in ("data", "arm", "family", "seed", "lr", "diverged", "device")}
                 epochs = 0 if name.startswith("checkpoint") else len(values)
-                rows.append({**row, "error_of": error_of, "error": 100 * (1 - values.mean()), "epochs": epochs})
-                rows[-1]["folder"] = folder
+                of_run = {"error_of": error_of, "error": 100 * (1 - values.mean()), "epochs": epochs, "folder": folder}
+                rows.append({**run.iloc[0][kept], **of_run})
                 break
-    columns = ("data", "arm", "family", "seed", "lr", "diverged", "device", "error_of", "error", "epochs", "folder")
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=[*kept, "error_of", "error", "epochs", "folder"])
 
 
 def table(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
@@ -96,8 +94,11 @@ def number(value: float | None, form: str) -> str:
 
 
 def remarks(errors: pd.DataFrame, last: int) -> list[str]:
-    """What a reader of the table must know of single runs (rows of `run_errors`)."""
+    """What a reader of the table must know of its runs (rows of `run_errors`)."""
     said = []
+    lengths = errors.groupby("arm").max_epochs.first()
+    if lengths.nunique() > 1:
+        said.append("epochs of training: " + ", ".join(f"{arm} {number(n, '.0f')}" for arm, n in lengths.items()))
     for run in errors.itertuples():
         if run.diverged:
             said.append(f"{run.arm}, seed {run.seed}: its training loss is no number (it has diverged)")

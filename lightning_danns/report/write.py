@@ -14,7 +14,7 @@ from lightning_danns.report.style import RC, plt, save, styles
 from lightning_danns.report.tables import markdown, remarks, run_errors, table, unfinished
 
 
-def write(folders: Sequence[Path], out: Path, last: int = 5, distributions: Path | None = None) -> str:
+def write_report(folders: Sequence[Path], out: Path, last: int = 5, distributions: Path | None = None) -> str:
     """Write the report of all runs below ``folders`` into ``out``; returns its tables and where it is.
 
     Raises:
@@ -67,7 +67,7 @@ class _Report:
         if arms.seconds.notna().any():
             devices = "; ".join(errors.device.dropna().unique())
             self.parts.append(f"s / epoch: by the clock, evaluation included{f' ({devices})' if devices else ''}.")
-        self.listing("Of single runs:", remarks(errors, self.last))
+        self.listing("Note:", remarks(errors, self.last))
         name = _file_name(f"{data} {error_of}")
         arms.to_csv(self.out / f"{name}.csv", index=False)
         text = "\n\n".join([f"# {data}: {title.lower()}", *self.parts[before + 1 :]])
