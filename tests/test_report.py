@@ -255,7 +255,7 @@ def test_a_diverged_run_is_averaged_and_named(tmp_path, capsys):
     assert dict(zip(runs.seed, runs.diverged, strict=True)) == {0: True, 1: False}
     output = report(capsys, tmp_path)
     assert "| arm | 2 | 90.00 |" in output
-    assert "arm, seed 0: its training loss is no number" in output
+    assert "arm, seed 0: training loss is no number" in output
 
 
 def test_trials_of_a_sweep_are_in_no_table_and_end_as_the_sweep_says(tmp_path):
@@ -270,6 +270,7 @@ def test_trials_of_a_sweep_are_in_no_table_and_end_as_the_sweep_says(tmp_path):
     )
     runs = load_runs(tmp_path)
     assert table(runs).empty
+    assert str(runs.seed[0]) == "0"  # also beside trials whose seed is unknown
     points = learning_rate_points(runs, last=5).set_index("lr")
     assert dict(points.state) == {0.1: "finished", 0.01: "stopped", 1.0: "diverged", 9.0: "diverged"}
     assert points.error[0.1] == pytest.approx(10)  # of the best epoch

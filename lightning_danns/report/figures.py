@@ -59,7 +59,7 @@ def seeds(errors: pd.DataFrame, rows: pd.DataFrame, look: dict[str, Style]) -> F
     axes.set_yticks(range(len(rows)), rows.arm)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{rows.error_of.iloc[0]} (%)")
     axes.tick_params(axis="y", length=0)
-    scale_errors(axes, "x", [*errors.error, *rows.low, *rows.high])
+    scale_errors(axes, "x", errors.error)
     if axes.get_xscale() == "log":  # an interval may reach below 0
         axes.set_xlim(left=0.85 * errors.error[errors.error > 0].min())
     return figure
@@ -84,8 +84,9 @@ def learning_rates(runs: pd.DataFrame, last: int, look: dict[str, Style]) -> Fig
         axes.plot(line.index, line, **{**style, "marker": ""})
         axes.plot(whole.lr, whole.error, style["marker"], color=style["color"], alpha=0.8)
         axes.plot(stopped.lr, stopped.error, style["marker"], color=style["color"], fillstyle="none")
-        above: Any = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(diverged.lr, [1.03 + 0.05 * k] * len(diverged), style["marker"], color=style["color"], **above)
+        if len(diverged):  # an empty line outside the axes would still be given room
+            above: Any = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(diverged.lr, [1.03 + 0.05 * k] * len(diverged), style["marker"], color=style["color"], **above)
         axes.plot([], [], **style, label=family)
     if (points.state == "diverged").any():
         axes.text(0.02, 1.0, "diverged:", transform=axes.transAxes, va="bottom")

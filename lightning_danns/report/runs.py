@@ -57,7 +57,7 @@ def read(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """The runs, and what had to be left out: the reason for each folder."""
     frames: list[pd.DataFrame] = []
     omitted: dict[str, str] = {}
-    for path in dict.fromkeys(path for top in folders for path in _candidates(Path(top))):
+    for path in {path.resolve(): path for top in folders for path in _candidates(Path(top))}.values():
         try:
             frames += _read_run(path)
         except _Omitted as reason:
@@ -69,6 +69,7 @@ def read(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     for name in METRICS:
         if name not in runs:
             runs[name] = float("nan")
+    runs["seed"] = pd.to_numeric(runs.seed, errors="coerce").astype("Int64")  # not 0.0 where another has none
     runs["arm"], runs["family"] = _arms(runs, set()), _arms(runs, {"lr"})
     for folder, twin in _twins(runs).items():
         omitted[folder] = f"seed and settings of {twin}, so it tells nothing new"
@@ -84,7 +85,7 @@ class _Omitted(Exception):  # noqa: N818
 def _candidates(top: Path) -> Iterator[Path]:
     if not top.is_dir():
         raise UsageError(f"{top}: there is no such folder")
-    for folder, names, files in os.walk(top.resolve()):
+    for folder, names, files in os.walk(top):
         names[:] = sorted(set(names) - NOT_RUNS)
         if "config.yaml" in files:
             yield Path(folder)

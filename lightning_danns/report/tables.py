@@ -99,11 +99,10 @@ def remarks(errors: pd.DataFrame, last: int) -> list[str]:
     lengths = errors.groupby("arm").max_epochs.first()
     if lengths.nunique() > 1:
         said.append("epochs of training: " + ", ".join(f"{arm} {number(n, '.0f')}" for arm, n in lengths.items()))
-    for run in errors.itertuples():
-        if run.diverged:
-            said.append(f"{run.arm}, seed {run.seed}: its training loss is no number (it has diverged)")
-        if 0 < run.epochs < last:
-            said.append(f"{run.arm}, seed {run.seed}: mean of {run.epochs} epochs, all that there are")
+    for arm, runs in errors[errors.diverged].groupby("arm"):
+        said.append(f"{arm}, {_seeds(runs)}: training loss is no number (it has diverged)")
+    for (arm, epochs), runs in errors[errors.epochs.between(1, last - 1)].groupby(["arm", "epochs"]):
+        said.append(f"{arm}, {_seeds(runs)}: mean of {epochs} epochs, all that there are")
     return said
 
 
@@ -115,3 +114,7 @@ def unfinished(runs: pd.DataFrame) -> list[str]:
         of = "" if pd.isna(first.max_epochs) else f" of {first.max_epochs:.0f}"
         said.append(f"{first.arm}, seed {first.seed}: {run.epoch.max() + 1}{of} epochs")
     return said
+
+
+def _seeds(errors: pd.DataFrame) -> str:
+    return ("seed " if len(errors) == 1 else "seeds ") + ", ".join(map(str, errors.seed))

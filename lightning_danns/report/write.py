@@ -76,7 +76,7 @@ class _Report:
         self.figure(
             figures.learning_curves(self.runs, errors, error_of, self.look),
             f"{name} curves",
-            f"Learning curves: mean over seeds{band}.",
+            f"Learning curves: mean over seeds{band}. Early epochs may lie above the figure.",
         )
         self.figure(
             figures.seeds(errors, arms, self.look),
