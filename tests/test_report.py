@@ -1,6 +1,7 @@
 """The report: numbers against computations by hand, and folders that are no runs or not whole."""
 
 import copy
+import itertools
 import math
 import statistics
 import subprocess
@@ -18,6 +19,7 @@ pytest.importorskip("matplotlib")
 from lightning_danns.errors import UsageError  # noqa: E402
 from lightning_danns.report import load_runs, table  # noqa: E402
 from lightning_danns.report.__main__ import main  # noqa: E402
+from lightning_danns.report.runs import read  # noqa: E402
 from lightning_danns.report.tables import t_quantile  # noqa: E402
 
 CONFIG = {
@@ -40,14 +42,14 @@ def rows(values, name="test_accuracy", start=0, loss=0.5):
     return "\n".join(lines) + "\n"
 
 
-def make_run(folder, values=FALLING, seed=0, lr=0.1, name="test_accuracy", loss=0.5, checkpoint=True, **settings):
-    """A run folder by hand; ``settings`` go into the part of the config that has their name."""
+def make_run(folder, values=FALLING, seed=0, lr=0.1, name="test_accuracy", loss=0.5, checkpoint=True, **parts):
+    """A run folder by hand; ``parts`` go into the part of the config that has their name."""
     config = copy.deepcopy(CONFIG)
     config["seed_everything"] = seed
     config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = lr
-    config["trainer"] |= settings.get("trainer", {})
+    config["trainer"] |= parts.get("trainer", {})
     for part in ("model", "data"):
-        config[part]["init_args"] |= settings.get(part, {})
+        config[part]["init_args"] |= parts.get(part, {})
     (folder / "checkpoints").mkdir(parents=True)
     if checkpoint:
         (folder / "checkpoints" / "last.ckpt").touch()
@@ -214,6 +216,7 @@ def test_what_is_no_run_is_left_out_with_the_reason_and_no_traceback(tmp_path, c
         "bytes": ("config.yaml", b"\xff\xfe\x81", "config.yaml cannot be read"),
         "list": ("config.yaml", b"- 1\n- 2\n", "config.yaml is none of a fit"),
         "other": ("config.yaml", b"model: 3\n", "config.yaml is none of a fit"),
+        "tested": ("metrics.csv", b"epoch,step,test_loss\n6,60,0.1\n", "metrics.csv has neither train_loss"),
         "tagged": ("config.yaml", b"a: !!python/object:os.system {}\n", "config.yaml cannot be read"),
     }
     for name, (file, content, _) in damage.items():
@@ -225,6 +228,34 @@ def test_what_is_no_run_is_left_out_with_the_reason_and_no_traceback(tmp_path, c
     for name, (_, _, reason) in damage.items():
         assert f"{name}/seed_0: {reason}" in output, name
     assert "started/seed_0: no metrics.csv yet" in output
+
+
+def nodes(value, path=()):
+    yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from nodes(inner, (*path, key))
+
+
+def test_whatever_a_config_holds_reading_ends_in_a_table_or_a_reason(tmp_path):
+    whole, odd = make_run(tmp_path / "arm" / "seed_0"), make_run(tmp_path / "arm" / "seed_1", seed=1)
+    junk = [None, -1.5, "text", {"a": 1}, [{"class_path": 7}]]
+    for path, value in itertools.product([path for path in nodes(CONFIG) if path], junk):
+        config = copy.deepcopy({**CONFIG, "seed_everything": 1})
+        part = config
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = value
+        (odd / "config.yaml").write_text(yaml.safe_dump(config))
+        runs, omitted = read(tmp_path)
+        assert {*runs.folder, *omitted} == {str(whole), str(odd)}, (path, value)
+        if path[0] == "model":  # never averaged with the other
+            assert set(table(runs).runs) == {1}, (path, value)
+
+
+def test_no_runs_are_an_empty_table(tmp_path):
+    assert load_runs(tmp_path).empty
+    assert table(load_runs(tmp_path)).empty
 
 
 def test_mistakes_end_with_a_line_and_status_2(tmp_path, capsys):

@@ -21,9 +21,6 @@ import yaml
 from lightning_danns.errors import UsageError
 from lightning_danns.report.trials import amend
 
-NOT_RUNS = {"test", "validate", "predict", "replicas", "checkpoints"}
-"""Folders inside a run: what its other commands wrote."""
-
 SAME_DATA = {"data_dir", "num_workers", "order_seed", "test_each_epoch"}
 """Arguments of a data module that change neither images nor step: the order of the images is part of the seed."""
 
@@ -36,6 +33,7 @@ TRAINER = (
 ONLOOKERS = re.compile(r"Diagnostics|Monitor|ProgressBar|Summary|Checkpoint|Timer|Stats")
 """Callbacks that look on."""
 
+FIRST = ["arm", "family", "seed", "lr", "data", "trial", "finished", "diverged", "max_epochs"]
 METRICS = ["train_loss", "train_accuracy", "val_loss", "val_accuracy", "test_loss", "test_accuracy"]
 
 
@@ -62,20 +60,21 @@ def read(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
             frames += _read_run(path)
         except _Omitted as reason:
             omitted[str(path)] = str(reason)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value where a fit writes another kind
+            omitted[str(path)] = f"config.yaml is none of a fit ({type(error).__name__}: {error})"
     if not frames:
-        return pd.DataFrame({name: [] for name in ("folder", "arm", "data", "trial", "finished", *METRICS)}), omitted
+        return pd.DataFrame({name: [] for name in (*FIRST, "folder", "epoch", *METRICS)}), omitted
     runs = amend(pd.concat(frames, ignore_index=True))
     omitted = {folder: reason for folder, reason in omitted.items() if folder not in set(runs.folder)}
     for name in METRICS:
         if name not in runs:
             runs[name] = float("nan")
-    runs["seed"] = pd.to_numeric(runs.seed, errors="coerce").astype("Int64")  # not 0.0 where another has none
+    runs["seed"] = runs.seed.astype("Int64")  # not 0.0 where another has none
     runs["arm"], runs["family"] = _arms(runs, set()), _arms(runs, {"lr"})
     for folder, twin in _twins(runs).items():
         omitted[folder] = f"seed and settings of {twin}, so it tells nothing new"
     runs = runs[~runs.folder.isin(omitted)].drop(columns=["base", "settings"]).reset_index(drop=True)
-    first = ["arm", "family", "seed", "lr", "data", "trial", "finished", "diverged", "max_epochs"]
-    return runs[[*first, *runs.columns.difference(first, sort=False)]], omitted
+    return runs[[*FIRST, *runs.columns.difference(FIRST, sort=False)]], omitted
 
 
 class _Omitted(Exception):  # noqa: N818
@@ -86,17 +85,19 @@ def _candidates(top: Path) -> Iterator[Path]:
     if not top.is_dir():
         raise UsageError(f"{top}: there is no such folder")
     for folder, names, files in os.walk(top):
-        names[:] = sorted(set(names) - NOT_RUNS)
+        names.sort()
         if "config.yaml" in files:
             yield Path(folder)
             if "metrics.csv" in files:
-                names.clear()
+                names.clear()  # below a run is what its other commands wrote
 
 
 def _read_run(folder: Path) -> list[pd.DataFrame]:
     """The run in ``folder``, or each of its replicas."""
     config = _config(folder)
     metrics = _metrics(folder)
+    if not {"train_loss", "train_accuracy"} & {*metrics}:
+        raise _Omitted("metrics.csv has neither train_loss nor train_accuracy: it is not of a fit")
     if _short(config["model"]["class_path"]) != "ReplicatedClassifier":
         return [_run(folder, config, metrics)]
     singles = sorted(folder.glob("replicas/*/config.yaml"), key=lambda path: int(path.parent.name))
@@ -150,6 +151,7 @@ def _run(folder: Path, config: dict[str, Any], metrics: pd.DataFrame) -> pd.Data
     parent = folder.parent.name
     trial = parent == "trials"
     base = folder.parent.parent.name if trial else parent if re.fullmatch(r"seed_\d+", folder.name) else None
+    seed = config.get("seed_everything")
     model, max_epochs, max_steps = config["model"], config["trainer"]["max_epochs"], config["trainer"].get("max_steps")
     losses = metrics["train_loss"].dropna() if "train_loss" in metrics else pd.Series(dtype=float)
     accuracies = metrics["train_accuracy"].dropna() if "train_accuracy" in metrics else losses
@@ -158,7 +160,7 @@ def _run(folder: Path, config: dict[str, Any], metrics: pd.DataFrame) -> pd.Data
     reached = done >= max_epochs if limit else "step" in metrics and metrics["step"].max() + 1 >= (max_steps or 0) > 0
     one_run = {
         "base": base or _short(model["class_path"]),
-        "seed": config.get("seed_everything"),
+        "seed": seed if isinstance(seed, int) else None,
         "lr": _learning_rate(model),
         "data": _data(config["data"]),
         "trial": trial,
@@ -175,7 +177,8 @@ def _run(folder: Path, config: dict[str, Any], metrics: pd.DataFrame) -> pd.Data
 
 def _learning_rate(model: dict[str, Any]) -> float | None:
     optimizer = (model.get("init_args") or {}).get("optimizer")
-    return (optimizer.get("init_args") or {}).get("lr") if isinstance(optimizer, dict) else None
+    rate = (optimizer.get("init_args") or {}).get("lr") if isinstance(optimizer, dict) else None
+    return None if rate is None else float(rate)  # YAML takes 1e-3 for text
 
 
 def _data(data: dict[str, Any]) -> str:
