@@ -190,7 +190,7 @@ def test_the_error_is_named_after_what_it_is_of(tmp_path, capsys):
 
 
 def test_csv_and_markdown_hold_the_same_numbers_sorted_by_error(tmp_path, capsys):
-    for arm, shift in (("worse", 0.1), ("better", 0.0)):
+    for arm, shift in (("a_worse", 0.1), ("b_better", 0.0)):
         for seed in range(3):
             make_run(tmp_path / arm / f"seed_{seed}", [x - shift - 0.013 * seed for x in FALLING], seed, lr=0.1107)
     report(capsys, tmp_path, "--out", tmp_path / "out")
@@ -199,7 +199,7 @@ def test_csv_and_markdown_hold_the_same_numbers_sorted_by_error(tmp_path, capsys
     assert path.with_suffix(".md").read_text().split("\n", 2)[2].strip() in (tmp_path / "out" / "report.md").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
     csv = pd.read_csv(path)
-    assert list(csv.arm) == ["better", "worse"]
+    assert list(csv.arm) == ["b_better", "a_worse"]
     for row, shown in zip(csv.itertuples(), cells, strict=True):
         expected = [row.arm, str(row.runs), f"{row.error:.2f}", f"{row.low:.2f} to {row.high:.2f}", "0.1107", "-"]
         assert shown == expected
@@ -403,6 +403,13 @@ def test_distributions_are_those_of_the_network(run, data_dir, capsys):
         path.name for path in (data_dir / "a" / "report").iterdir()
     }
     assert list(table(load_runs("a")).arm) == ["a"]
+
+
+def test_names_too_long_for_a_file_stay_different(tmp_path, capsys):
+    for size in (8, 9):
+        make_run(tmp_path / "arm" / f"seed_{size}", data={"note": "y" * 300 + str(size)})
+    report(capsys, tmp_path)
+    assert len(list((tmp_path / "report").glob("*.csv"))) == 2
 
 
 def test_folders_may_be_given_as_text_and_must_exist(tmp_path):

@@ -1,6 +1,7 @@
 """The folder of a report: a table for each data set (Markdown, CSV), figures (PNG, SVG), and all in report.md."""
 
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,4 +138,5 @@ def _names(folders: Sequence[Path]) -> str:
 
 
 def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", text).strip("_").lower()
+    name = re.sub(r"[^\w.+-]+", "_", text).strip("_").lower()
+    return name if len(name) <= 100 else f"{name[:90]}_{zlib.crc32(text.encode()):08x}"
