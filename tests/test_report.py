@@ -162,7 +162,8 @@ def test_callbacks_that_look_on_do_not_make_another_arm(tmp_path):
 
 def test_the_same_seed_twice_counts_once(tmp_path, capsys):
     make_run(tmp_path / "a" / "arm" / "seed_0", FALLING[:2])
-    make_run(tmp_path / "b" / "arm" / "seed_0")
+    for again in "bc":
+        make_run(tmp_path / again / "arm" / "seed_0")
     assert list(table(load_runs(tmp_path, tmp_path / "b")).runs) == [1]
     assert "a/arm/seed_0: seed and settings of" in report(capsys, tmp_path)
 
