@@ -20,7 +20,6 @@ from lightning_danns.errors import UsageError  # noqa: E402
 from lightning_danns.report import load_runs, table  # noqa: E402
 from lightning_danns.report.__main__ import main  # noqa: E402
 from lightning_danns.report.runs import read  # noqa: E402
-from lightning_danns.report.tables import t_quantile  # noqa: E402
 
 CONFIG = {
     "seed_everything": 0,
@@ -81,13 +80,6 @@ def test_the_error_of_an_arm_is_the_mean_over_seeds_of_each_seeds_last_epochs(tm
     assert (row.low, row.high) == pytest.approx((row.error - half, row.error + half), rel=1e-6)
     (of_last_two,) = table(load_runs(tmp_path), last=2).error
     assert of_last_two == pytest.approx(100 - 100 * (0.935 + 0.835 + 0.95) / 3)
-
-
-@pytest.mark.parametrize("df", [1, 2, 3, 4, 9, 30])
-def test_the_quantile_of_student_encloses_95_percent(df):
-    t = torch.linspace(-t_quantile(df), t_quantile(df), 200_001, dtype=torch.float64)
-    density = torch.distributions.StudentT(torch.tensor(float(df), dtype=torch.float64)).log_prob(t).exp()
-    assert float(torch.trapezoid(density, t)) == pytest.approx(0.95, abs=1e-7)
 
 
 def test_one_seed_has_no_interval(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import math
 
 import pandas as pd
+from scipy.stats import t
 
 ERRORS = {
     "test_accuracy": "test error",
@@ -10,31 +11,6 @@ ERRORS = {
     "val_accuracy": "validation error",
 }
 """Where a run's error is from, best first; a run's is the first that it has."""
-
-
-def t_quantile(df: int, coverage: float = 0.95) -> float:
-    """The t that a variable of Student's t distribution stays within, on both sides, with probability ``coverage``.
-
-    The probability is a finite sum in theta = arctan(t / sqrt(df)) (Abramowitz & Stegun 26.7.3-4); theta by bisection.
-
-    Example:
-        >>> round(t_quantile(4), 3)
-        2.776
-    """
-
-    def within(theta: float) -> float:
-        odd, cos = df % 2, math.cos(theta)
-        term, total = (cos, 0.0) if odd else (1.0, 0.0)
-        for k in range(1 + odd, df, 2):
-            total += term
-            term *= cos**2 * k / (k + 1)
-        return (theta + math.sin(theta) * total) * 2 / math.pi if odd else math.sin(theta) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < coverage else (low, middle)
-    return math.sqrt(df) * math.tan(low)
 
 
 def run_errors(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
@@ -70,7 +46,7 @@ def table(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
     rows = []
     for (data, error_of, arm), seeds in errors.groupby(["data", "error_of", "arm"]):
         n, mean = len(seeds), seeds.error.mean()
-        half = t_quantile(n - 1) * seeds.error.std() / math.sqrt(n) if n > 1 else math.nan
+        half = t.ppf(0.975, n - 1) * seeds.error.std() / math.sqrt(n) if n > 1 else math.nan
         rows.append([data, error_of, arm, n, mean, mean - half, mean + half, seeds.lr.iloc[0], seeds.seconds.mean()])
     columns = ["data", "error_of", "arm", "runs", "error", "low", "high", "lr", "seconds"]
     return pd.DataFrame(rows, columns=columns).sort_values(["data", "error_of", "error"], ignore_index=True)
