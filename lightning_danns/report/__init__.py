@@ -4,7 +4,7 @@
     table(runs)                     a row for each data set and arm
 
 Rooms: `runs` (and `trials`) reads, `tables` averages, `figures` and `distributions` draw, `write` writes. They need the
-extra ``study`` (pandas, matplotlib), so names load on first use.
+extra ``study`` (pandas, matplotlib, scipy), so names load on first use.
 """
 
 from importlib import import_module
@@ -27,6 +27,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
     except ImportError as error:
-        if (error.name or "").split(".")[0] in ("pandas", "matplotlib"):
-            raise UsageError('reports need pandas and matplotlib: pip install -e ".[study]"') from error
+        if (error.name or "").split(".")[0] in ("pandas", "matplotlib", "scipy"):
+            raise UsageError('reports need pandas, matplotlib and scipy: pip install -e ".[study]"') from error
         raise
