@@ -173,6 +173,7 @@ def test_the_error_is_named_after_what_it_is_of(tmp_path, capsys):
         "validated": ("validation error", 20),
         "tested": ("test error of one checkpoint", 30),
     }
+    assert read(tmp_path)[1] == {}  # what the command test wrote is no run, and none that was left out
     output = report(capsys, tmp_path)
     for heading in (
         "### Test error, mean of the last 5 epochs",
@@ -273,7 +274,9 @@ def test_without_the_extra_it_says_what_to_install(package):
 
 
 def test_a_diverged_run_is_averaged_and_named(tmp_path, capsys):
-    make_run(tmp_path / "arm" / "seed_0", [0.1] * 6, loss="nan")
+    run = make_run(tmp_path / "arm" / "seed_0")
+    (run / "metrics-1.csv").write_text(rows([0.5, 0.6]))  # at first all was well
+    (run / "metrics.csv").write_text(rows([0.1] * 5, start=1, loss="nan"))
     make_run(tmp_path / "arm" / "seed_1", [0.1] * 6, seed=1)
     runs = load_runs(tmp_path)
     assert dict(zip(runs.seed, runs.diverged, strict=True)) == {0: True, 1: False}
