@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import optuna
 
 KINDS = "log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,..."
-FORCED = {"enable_progress_bar": "false", "enable_model_summary": "false", "enable_checkpointing": "false"}
 TRIES = 3
 """How often a trial is tried whose process dies."""
 
@@ -180,8 +179,9 @@ class Sweep:
         )
 
     def arguments(self, params: dict[str, Any], run_dir: Path) -> list[str]:
-        forced = [f"--trainer.{option}={value}" for option, value in FORCED.items()]
-        return ["fit", *self.fit_args, *forced, *(f"--{k}={v}" for k, v in params.items()), f"--run_dir={run_dir}"]
+        searched = [f"--{key}={value}" for key, value in params.items()]
+        options = [*workers.QUIET, "--trainer.enable_checkpointing=false", f"--run_dir={run_dir}"]
+        return ["fit", *self.fit_args, *searched, *options]
 
 
 def _plain(axis: Axis) -> tuple[Any, ...]:
@@ -271,6 +271,8 @@ def train(sweep: Sweep, study: "optuna.Study", trial: "optuna.Trial") -> None:
     elif outcome == "diverged":
         trial.set_user_attr("diverged", True)
         study.tell(trial, sweep.worst)  # not a failure: the sampler must learn from it
+    elif not values:
+        raise UsageError("the fit ended without a validation: nothing can be selected")
     else:
         study.tell(trial, (min if sweep.mode == "min" else max)(values.values()))
 
@@ -328,7 +330,7 @@ def _rehearse_in_a_process(args: list[str]) -> None:
         finally:
             workers.stop([process])
         if status != 0:
-            raise UsageError("\n".join(workers.last_lines(log)).removeprefix("error: "))
+            raise UsageError(workers.last_lines(log).removeprefix("error: "))
 
 
 class Progress:
@@ -415,7 +417,7 @@ def write_results(sweep: Sweep, study: "optuna.Study") -> "optuna.trial.FrozenTr
         return None
     config = yaml.safe_load((sweep.run_folder(best.number) / "config.yaml").read_text())
     config |= {"run_dir": None, "ckpt_path": None}
-    config["trainer"] |= dict.fromkeys(FORCED)
+    config["trainer"] |= dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"))
     counts = Counter(row["state"] for row in rows)
     head = (
         f"# Found by a search of {len(rows)} trials ({', '.join(f'{n} {state}' for state, n in counts.items())}) over "
@@ -452,7 +454,7 @@ def run(sweep: Sweep, args: list[str]) -> int:
                 status = process.poll()
                 if status in (None, 0):
                     continue
-                last = "\n".join(workers.last_lines(logs[index]))
+                last = workers.last_lines(logs[index])
                 if status == 2:
                     raise UsageError(last.removeprefix("error: "))
                 deaths, succeeded = (1 if progress.succeeded > succeeded else deaths + 1), progress.succeeded
@@ -481,7 +483,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     parser = workers.ArgumentParser(
         "python -m lightning_danns.sweep",
-        description="Searches config keys for the lowest validation loss. Options that are not listed here are those "
+        "Searches config keys for the lowest validation loss. Options that are not listed here are those "
         "of train.py fit (--config, --trainer.max_epochs, ...) and are the same for all trials. The same command goes "
         "on with an interrupted sweep; on another machine that sees the folder, it helps.",
     )
@@ -503,7 +505,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if worker is None:
             return run(sweep, args)
         workers.end_with_parent()
-        sys.argv[0] = "train.py"  # which mistakes refer to
+        sys.argv = ["train.py"]  # which mistakes refer to
         (work if worker == "work" else rehearse)(sweep)
         return 0
 

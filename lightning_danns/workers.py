@@ -14,7 +14,6 @@ from typing import Any
 from lightning_danns.errors import UsageError
 
 LEASE_SECONDS = 60.0
-OURS = ("--run_dir", "--ckpt_path")
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
 
 
@@ -28,16 +27,16 @@ class ArgumentParser(argparse.ArgumentParser):
         print(f"error: {message}\nall options: {self.prog} --help", file=sys.stderr)
         self.exit(2)
 
-    def parse_with_rest(self, args: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-        """The tool's options, and the arguments for ``train.py fit``.
+    def parse_with_rest(self, args: Sequence[str], given: Sequence[str] = ()) -> tuple[argparse.Namespace, list[str]]:
+        """The tool's options, and the arguments for ``train.py fit``, which may not include those it is ``given``.
 
         Raises:
             UsageError: for an argument that the tool gives to ``fit`` itself, or a number of processes below 1.
         """
         options, rest = self.parse_known_args(args)
-        taken = [option for option in rest if option.partition("=")[0] in OURS]
-        if taken or rest[:1] in (["fit"], ["test"]):
-            raise UsageError(f"{(taken or rest)[0]}: leave it out, each run is a fit in its own folder")
+        for option in rest:
+            if option.partition("=")[0] in ("--run_dir", "--ckpt_path", *given):
+                raise UsageError(f"{option}: leave it out, {self.prog} gives it to each run")
         if rest and not rest[0].startswith("-"):
             raise UsageError(f"{rest[0]!r} belongs to no option")
         if options.jobs < 1:
@@ -143,13 +142,13 @@ def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def last_lines(log: Path, number: int = 1) -> list[str]:
-    """The last lines of a log that hold something; from the last ``error:`` on, if that is among its last five."""
+def last_lines(log: Path) -> str:
+    """The last line of a log that holds something, or its last mistake, if that is among the last five."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    for start_of_error in range(len(lines) - 1, max(-1, len(lines) - 6), -1):
-        if lines[start_of_error].startswith("error: "):
-            return lines[start_of_error:]
-    return lines[-number:]
+    for number, line in enumerate(lines[-5:], start=max(0, len(lines) - 5)):
+        if line.startswith("error: "):
+            return "\n".join(lines[number:])
+    return lines[-1] if lines else "no output"
 
 
 def exit_on_mistake(work: Callable[[], int]) -> int:
