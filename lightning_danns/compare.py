@@ -227,12 +227,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["fit"]:  # one run, in a process that `Crew` started; with DDP, Lightning starts more like it
+    given = sys.argv[1:]
+    if given[:1] == ["fit"]:  # one run, in a process that `Crew` started; with DDP, Lightning starts more like it
         from lightning_danns.cli import main as fit
 
         workers.end_with_parent()
         sys.argv[0] = "train.py"  # which mistakes refer to
         fit()
     else:
-        sys.argv[0] = "train.py"
-        sys.exit(main())
+        sys.argv = ["train.py"]
+        sys.exit(main(given))

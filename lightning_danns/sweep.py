@@ -18,7 +18,8 @@ import time
 import uuid
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -160,6 +161,10 @@ class Sweep:
     def run_folder(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04d}"
 
+    def lock_of(self, number: int, lost: Callable[[], Any] | None = None) -> Any:
+        """Held by the process that trains this trial."""
+        return workers.lease(self.run_folder(number).with_suffix(".lock"), lost)
+
     def load(self) -> "optuna.Study":
         """The study. Its sampler is of this process: two with one seed would suggest the same."""
         optuna = _optuna()
@@ -235,7 +240,7 @@ def ask(sweep: Sweep, study: "optuna.Study", locks: dict[int, Any]) -> "optuna.T
     trial = study.ask()
     for axis in sweep.axes:
         axis.suggest(trial)
-    lock = workers.lease(sweep.run_folder(trial.number) / "running.lock", lost=lambda: os._exit(1))
+    lock = sweep.lock_of(trial.number, lost=lambda: os._exit(1))  # somebody else has given it back
     workers.taken(lock)
     locks[trial.number] = lock
     return trial
@@ -244,7 +249,7 @@ def ask(sweep: Sweep, study: "optuna.Study", locks: dict[int, Any]) -> "optuna.T
 def give_back_lost(sweep: Sweep, study: "optuna.Study", locks: dict[int, Any]) -> None:
     """Trials whose process has died are tried again, as new ones with the same settings."""
     for trial in _running(study):
-        lock = locks.setdefault(trial.number, workers.lease(sweep.run_folder(trial.number) / "running.lock"))
+        lock = locks.setdefault(trial.number, sweep.lock_of(trial.number))
         if workers.taken(lock):
             give_back(sweep, study, trial, tries=trial.user_attrs.get("tries", 1) + 1)
             locks.pop(trial.number).release()
@@ -304,7 +309,7 @@ def prepare(sweep: Sweep, args: list[str]) -> "optuna.Study":
         UsageError: the folder holds another sweep, or the rehearsal ends in a mistake.
     """
     settings = sweep.settings()
-    with sweep.lock():
+    with _removed_if_empty(sweep.folder), sweep.lock():
         if not (sweep.folder / "journal.log").exists():
             _rehearse_in_a_process(args)
         study = sweep.load()
@@ -319,6 +324,15 @@ def prepare(sweep: Sweep, args: list[str]) -> "optuna.Study":
                 "give another --folder"
             )
     return study
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def _rehearse_in_a_process(args: list[str]) -> None:
@@ -478,9 +492,8 @@ def run(sweep: Sweep, args: list[str]) -> int:
     return 0
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line on ``args`` (default: ``sys.argv``); returns the exit status."""
-    args = list(sys.argv[1:] if args is None else args)
+def options_parser() -> workers.ArgumentParser:
+    """What the command line takes."""
     parser = workers.ArgumentParser(
         "python -m lightning_danns.sweep",
         "Searches config keys for the lowest validation loss. Options that are not listed here are those "
@@ -498,15 +511,21 @@ def main(args: Sequence[str] | None = None) -> int:
     add("--mode", choices=("min", "max"), default="min", help="which end of it is best (default: min)")
     add("--no_pruning", action="store_true", help="train hopeless trials to their end, too")
     add("--worker", choices=("work", "rehearse"), help=argparse.SUPPRESS)
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line on ``args`` (default: ``sys.argv``); returns the exit status."""
+    args = list(sys.argv[1:] if args is None else args)
 
     def work_or_run() -> int:
-        sweep = Sweep(*parser.parse_with_rest(args))
-        worker = parser.parse_known_args(args)[0].worker
-        if worker is None:
+        options, fit_args = options_parser().parse_with_rest(args)
+        sweep = Sweep(options, fit_args)
+        if options.worker is None:
             return run(sweep, args)
         workers.end_with_parent()
         sys.argv = ["train.py"]  # which mistakes refer to
-        (work if worker == "work" else rehearse)(sweep)
+        (work if options.worker == "work" else rehearse)(sweep)
         return 0
 
     return workers.exit_on_mistake(work_or_run)

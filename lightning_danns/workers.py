@@ -155,7 +155,7 @@ def exit_on_mistake(work: Callable[[], int]) -> int:
     """The exit status of ``work``; 2 and a line of text for a user's mistake, 130 for Ctrl-C."""
     try:
         return work()
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
