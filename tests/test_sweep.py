@@ -18,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_danns import sweep as tool
+from lightning_danns import trials
 from lightning_danns.callbacks import ReportToTrial
 from lightning_danns.errors import UsageError
+from lightning_danns.search_space import design, parse_axis
 
 optuna = pytest.importorskip("optuna")
 
@@ -33,9 +35,9 @@ def make(run, monkeypatch):
     monkeypatch.setattr(tool, "_rehearse_in_a_process", lambda args: None)
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
-    def make(*args, search=f"{LR}=log:0.01:1", trials=3, fit=FIT):
-        options = ["--search", search, f"--trials={trials}", "--folder=s", *args, *fit]
-        return tool.Sweep(*tool.options_parser().parse_with_rest(options))
+    def make(*args, search=f"{LR}=log:0.01:1", number=3, fit=FIT):
+        options = ["--search", search, f"--trials={number}", "--folder=s", *args, *fit]
+        return trials.Sweep(*tool.options_parser().parse_with_rest(options))
 
     return make
 
@@ -49,8 +51,8 @@ def rows(path):
     st.floats(1e-6, 1e3), st.floats(1.5, 1e6), st.integers(2, 30)
 )  # fmt: skip
 def test_the_first_points_divide_a_logarithmic_range_evenly(low, ratio, number):
-    axis = tool.parse_axis(f"lr=log:{low}:{low * ratio}")
-    values = sorted(point["lr"] for point in tool.design([axis], number))
+    axis = parse_axis(f"lr=log:{low}:{low * ratio}")
+    values = sorted(point["lr"] for point in design([axis], number))
     assert values[0] >= axis.low
     assert values[-1] <= axis.high
     steps = [math.log(b / a) for a, b in pairwise(values)]
@@ -58,8 +60,8 @@ def test_the_first_points_divide_a_logarithmic_range_evenly(low, ratio, number):
 
 
 def test_the_first_points_cover_every_axis():
-    axes = [tool.parse_axis(text) for text in ("a=uniform:0:1", "b=int:1:4", "c=choice:x,y")]
-    points = tool.design(axes, 8)
+    axes = [parse_axis(text) for text in ("a=uniform:0:1", "b=int:1:4", "c=choice:x,y")]
+    points = design(axes, 8)
     assert sorted(point["a"] for point in points) == pytest.approx([k / 7 for k in range(8)])
     assert {point["b"] for point in points} == {1, 2, 3, 4}
     assert [point["c"] for point in points].count("x") == 4
@@ -109,7 +111,7 @@ def test_wrong_options_are_refused_before_anything_is_written(args, reason, caps
 )
 def test_a_rehearsal_finds_mistakes_in_settings(make, capsys, args, reason):
     with pytest.raises(SystemExit) as exit:
-        tool.rehearse(make(fit=[*FIT, *args]))
+        trials.rehearse(make(fit=[*FIT, *args]))
     assert exit.value.code == 2
     assert reason in capsys.readouterr().err
     assert not os.path.exists("s")
@@ -118,8 +120,8 @@ def test_a_rehearsal_finds_mistakes_in_settings(make, capsys, args, reason):
 def test_a_sweep_ends_with_the_config_of_the_lowest_validation_loss(make, run):
     sweep = make()
     study = tool.prepare(sweep, [])
-    tool.work(sweep)
-    best = tool.write_results(sweep, study)
+    trials.work(sweep)
+    best = trials.write_results(sweep, study)
     lowest = {}
     for row in rows("s/trials.csv"):
         folder = f"s/trials/{int(row['number']):04d}"
@@ -138,10 +140,10 @@ def test_a_sweep_ends_with_the_config_of_the_lowest_validation_loss(make, run):
 
 @pytest.mark.parametrize("model", [[], ["--model=MLP", "--model.hidden_sizes=[12]"]], ids=["NaN weights", "NaN loss"])
 def test_diverged_trials_are_the_worst_and_do_not_end_a_sweep(make, model):
-    sweep = make(search=f"{LR}=choice:0.1,1e30", trials=2, fit=[*(model or FIT[:2]), *FIT[2:]])
+    sweep = make(search=f"{LR}=choice:0.1,1e30", number=2, fit=[*(model or FIT[:2]), *FIT[2:]])
     study = tool.prepare(sweep, [])
-    tool.work(sweep)
-    assert tool.write_results(sweep, study).params == {LR: "0.1"}
+    trials.work(sweep)
+    assert trials.write_results(sweep, study).params == {LR: "0.1"}
     assert {row[LR]: row["state"] for row in rows("s/trials.csv")} == {"0.1": "complete", "1e30": "diverged"}
 
 
@@ -170,9 +172,9 @@ def test_a_hopeless_trial_ends_after_a_third_of_its_epochs(make):
 def taken_by_another_process(sweep):
     """A process that takes a trial, as a worker does, and says so."""
     code = (
-        "import sys, time; from pathlib import Path; from lightning_danns import sweep as tool\n"
-        "s = tool.Sweep(*tool.options_parser().parse_with_rest(sys.argv[1:]))\n"
-        "locks = {}; print(tool.ask(s, s.load(), locks).number, flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from lightning_danns import sweep as tool, trials\n"
+        "s = trials.Sweep(*tool.options_parser().parse_with_rest(sys.argv[1:]))\n"
+        "locks = {}; print(trials.ask(s, s.load(), locks).number, flush=True); time.sleep(600)"
     )
     args = ["--search", f"{LR}=log:0.01:1", f"--trials={sweep.trials}", "--folder=s"]
     process = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True)
@@ -185,43 +187,43 @@ def test_the_trial_of_a_killed_process_is_tried_again(make):
     study = tool.prepare(sweep, [])
     other = taken_by_another_process(sweep)
     locks = {}
-    tool.give_back_lost(sweep, study, locks)
+    trials.give_back_lost(sweep, study, locks)
     assert [trial.state.name for trial in study.trials] == ["RUNNING", "WAITING", "WAITING"]  # it lives
     other.kill()
     other.wait()
-    tool.work(sweep)
-    tool.write_results(sweep, study)
+    trials.work(sweep)
+    trials.write_results(sweep, study)
     assert sorted(float(row[LR]) for row in rows("s/trials.csv")) == pytest.approx([0.01, 0.1, 1])
     assert study.trials[0].state.name == "FAIL"
     assert study.trials[3].params == study.trials[0].params
 
 
 def test_a_trial_that_kills_its_process_is_given_up(make, monkeypatch):
-    sweep = make(trials=1)
+    sweep = make(number=1)
     study = tool.prepare(sweep, [])
-    for _ in range(tool.TRIES):
+    for _ in range(trials.TRIES):
         locks = {}
-        assert tool.ask(sweep, study, locks) is not None
+        assert trials.ask(sweep, study, locks) is not None
         [lock] = locks.values()
         lock.release()  # as after a death
-        tool.give_back_lost(sweep, study, {})
-    assert tool.finished(sweep, study)
-    assert tool.write_results(sweep, study) is None
+        trials.give_back_lost(sweep, study, {})
+    assert trials.finished(sweep, study)
+    assert trials.write_results(sweep, study) is None
     assert [row["state"] for row in rows("s/trials.csv")] == ["failed"]
 
 
 def test_a_folder_keeps_to_one_sweep(make):
     tool.prepare(make(), [])
-    tool.prepare(make(trials=5), [])  # more trials are the same sweep
+    tool.prepare(make(number=5), [])  # more trials are the same sweep
     for other in (make(search=f"{LR}=log:0.01:2"), make(fit=[*FIT, "--seed_everything=1"]), make("--mode=max")):
         with pytest.raises(UsageError, match=r"other (search|arguments|monitor)"):
             tool.prepare(other, [])
 
 
 def test_a_finished_sweep_only_writes_its_results(make, capsys):
-    sweep = make(trials=1)
+    sweep = make(number=1)
     tool.prepare(sweep, [])
-    tool.work(sweep)
+    trials.work(sweep)
     assert tool.run(sweep, []) == 0
     assert "1 of 1 trials are done" in capsys.readouterr().out
     assert yaml.safe_load(Path("s/best.yaml").read_text())["run_dir"] is None
