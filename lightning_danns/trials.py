@@ -114,9 +114,10 @@ class Sweep:
 
 
 def rehearse(sweep: Sweep) -> None:
-    """One batch of training and validation, so that mistakes are found before anything is written."""
-    with tempfile.TemporaryDirectory() as folder:
-        _fit(sweep, [*sweep.arguments(design(sweep.axes, 1)[0], Path(folder)), "--trainer.fast_dev_run=true"], None)
+    """One batch of training and validation with every choice, so that mistakes are found before anything is written."""
+    for point in design(sweep.axes, max(1, *(len(axis.choices) for axis in sweep.axes))):
+        with tempfile.TemporaryDirectory() as folder:
+            _fit(sweep, [*sweep.arguments(point, Path(folder)), "--trainer.fast_dev_run=true"], None)
 
 
 def work(sweep: Sweep) -> None:

@@ -201,6 +201,10 @@ def _alive(pid):
         return False
 
 
+def _heed_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell in the background lets its children ignore
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_comparison_ends_with_the_weights_of_one_that_was_not(arms, how):
@@ -208,7 +212,7 @@ def test_an_interrupted_comparison_ends_with_the_weights_of_one_that_was_not(arm
     command = [sys.executable, "-m", "lightning_danns.compare", *args, "--folder"]
     with open("log.txt", "w") as log:
         assert subprocess.run([*command, "straight"], stdout=log, stderr=log, timeout=400).returncode == 0
-        parent = subprocess.Popen([*command, "f"], stdout=log, stderr=log)
+        parent = subprocess.Popen([*command, "f"], stdout=log, stderr=log, preexec_fn=_heed_interrupts)
         while not list(Path("f").glob("*/*/checkpoints/last.ckpt")):
             assert parent.poll() is None
             time.sleep(0.05)

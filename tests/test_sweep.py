@@ -117,6 +117,12 @@ def test_a_rehearsal_finds_mistakes_in_settings(make, capsys, args, reason):
     assert not os.path.exists("s")
 
 
+def test_a_rehearsal_tries_every_choice(make, capsys):
+    with pytest.raises(SystemExit):
+        trials.rehearse(make(search="model.correction=choice:none,fisher,fishy"))
+    assert "fishy" in capsys.readouterr().err
+
+
 def test_a_sweep_ends_with_the_config_of_the_lowest_validation_loss(make, run):
     sweep = make()
     study = tool.prepare(sweep, [])
