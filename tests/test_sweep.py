@@ -226,6 +226,17 @@ def test_a_folder_keeps_to_one_sweep(make):
             tool.prepare(other, [])
 
 
+def test_a_sweep_that_is_refused_leaves_no_folder(make, monkeypatch):
+    def refuse(args):
+        raise UsageError("no such key")
+
+    sweep = make()
+    monkeypatch.setattr(tool, "_rehearse_in_a_process", refuse)
+    with pytest.raises(UsageError, match="no such key"):
+        tool.prepare(sweep, [])
+    assert not os.path.exists("s")
+
+
 def test_a_finished_sweep_only_writes_its_results(make, capsys):
     sweep = make(number=1)
     tool.prepare(sweep, [])
