@@ -206,7 +206,7 @@ def _heed_interrupts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
 def test_an_interrupted_comparison_ends_with_the_weights_of_one_that_was_not(arms, how):
     args = [*arms, "--seeds", "0", "1", "--jobs", "2", *FIT, "--trainer.max_epochs=40"]
     command = [sys.executable, "-m", "lightning_danns.compare", *args, "--folder"]

@@ -134,6 +134,7 @@ def test_a_sweep_ends_with_the_config_of_the_lowest_validation_loss(make, run):
         losses = [float(epoch["val_loss"]) for epoch in rows(f"{folder}/metrics.csv") if epoch["val_loss"]]
         lowest[float(row[LR])] = min(losses)
         assert float(row["value"]) == pytest.approx(min(losses), rel=1e-5)
+        assert study.trials[int(row["number"])].value == pytest.approx(min(losses), rel=1e-5)
         assert not os.path.exists(f"{folder}/checkpoints")
         assert not any(name.startswith("test") for name in rows(f"{folder}/metrics.csv")[0])
     assert sorted(lowest) == pytest.approx([0.01, 0.1, 1])
@@ -238,13 +239,15 @@ def test_a_sweep_that_is_refused_leaves_no_folder(make, monkeypatch):
 
 
 def test_a_finished_sweep_only_writes_its_results(make, capsys):
-    sweep = make(number=1)
-    tool.prepare(sweep, [])
+    sweep = make("--mode=max", number=1)
+    study = tool.prepare(sweep, [])
     trials.work(sweep)
     assert tool.run(sweep, []) == 0
     assert "1 of 1 trials are done" in capsys.readouterr().out
     assert yaml.safe_load(Path("s/best.yaml").read_text())["run_dir"] is None
     assert len(os.listdir("s/trials")) == 1
+    losses = [float(epoch["val_loss"]) for epoch in rows("s/trials/0000/metrics.csv") if epoch["val_loss"]]
+    assert study.trials[0].value == pytest.approx(max(losses), rel=1e-5)  # of any epoch, not of the last
 
 
 @pytest.mark.slow
