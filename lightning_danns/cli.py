@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from statistics import mean, stdev
@@ -122,7 +123,14 @@ class CLI(LightningCLI):
 
     Each fit has one folder, ``--run_dir`` (``runs/MODEL/DATE_TIME`` if not given), with ``config.yaml``,
     ``metrics.csv``, TensorBoard events and ``checkpoints/``. The other commands write into ``run_dir/COMMAND``.
+
+    Args:
+        callbacks: added to those of the config, by a program that runs the command line in its own process.
     """
+
+    def __init__(self, *args: Any, callbacks: Sequence[pl.Callback] = (), **kwargs: Any) -> None:
+        self.callbacks = callbacks
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -205,7 +213,8 @@ class CLI(LightningCLI):
         if trainer.accumulate_grad_batches < 1:
             raise UsageError(f"accumulate_grad_batches={trainer.accumulate_grad_batches}: it must be at least 1")
         best = config.best_checkpoint
-        if getattr(self.datamodule, "val_size", None) == 0 and (best.monitor or "").startswith("val_"):
+        no_val = getattr(self.datamodule, "val_size", None) == 0 and (best.monitor or "").startswith("val_")
+        if no_val and best in trainer.checkpoint_callbacks:
             trainer.callbacks.remove(best)  # type: ignore[attr-defined]  # all images train, so none can tell
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.dirpath:
@@ -214,6 +223,11 @@ class CLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, which is not safe everywhere
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+    def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
+        if config.get("enable_checkpointing") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, [*callbacks, *self.callbacks])
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -321,8 +335,8 @@ def _short(path: str) -> str:
     return min(os.path.relpath(path), path, key=len)
 
 
-def main(args: ArgsType = None) -> CLI:
-    """Run the command line on ``args`` (default: ``sys.argv``).
+def main(args: ArgsType = None, callbacks: Sequence[pl.Callback] = ()) -> CLI:
+    """Run the command line on ``args`` (default: ``sys.argv``), with ``callbacks`` beside those of the config.
 
     Raises:
         SystemExit: with status 2 and one line of text, for a user's mistake.
@@ -340,6 +354,7 @@ def main(args: ArgsType = None) -> CLI:
             save_config_kwargs={"save_to_log_dir": False},
             trainer_defaults={"max_epochs": 50},
             args=args,
+            callbacks=callbacks,
         )
     except Exception as error:
         mistake = _mistake(error)
