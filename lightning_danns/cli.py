@@ -212,10 +212,6 @@ class CLI(LightningCLI):
             raise UsageError(str(error)) from error
         if trainer.accumulate_grad_batches < 1:
             raise UsageError(f"accumulate_grad_batches={trainer.accumulate_grad_batches}: it must be at least 1")
-        best = config.best_checkpoint
-        no_val = getattr(self.datamodule, "val_size", None) == 0 and (best.monitor or "").startswith("val_")
-        if no_val and best in trainer.checkpoint_callbacks:
-            trainer.callbacks.remove(best)  # type: ignore[attr-defined]  # all images train, so none can tell
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.dirpath:
                 callback.dirpath = str(self.folder / "checkpoints")  # not where a logger writes
@@ -225,9 +221,14 @@ class CLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: Any, callbacks: list[pl.Callback]) -> pl.Trainer:
-        if config.get("enable_checkpointing") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
-        return super()._instantiate_trainer(config, [*callbacks, *self.callbacks])
+        def possible(callback: pl.Callback) -> bool:
+            if not isinstance(callback, ModelCheckpoint):
+                return True
+            by_validation = (callback.monitor or "").startswith("val_")
+            nothing_held_out = getattr(self.datamodule, "val_size", None) == 0
+            return config.get("enable_checkpointing") is not False and not (by_validation and nothing_held_out)
+
+        return super()._instantiate_trainer(config, [*filter(possible, callbacks), *self.callbacks])
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

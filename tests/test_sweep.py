@@ -17,11 +17,11 @@ from conftest import QUIET, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_danns import sweep as tool
-from lightning_danns import trials
-from lightning_danns.callbacks import ReportToTrial
 from lightning_danns.errors import UsageError
-from lightning_danns.search_space import design, parse_axis
+from lightning_danns.sweep import __main__ as tool
+from lightning_danns.sweep import trials
+from lightning_danns.sweep.pruning import ReportToTrial
+from lightning_danns.sweep.search_space import design, parse_axis
 
 optuna = pytest.importorskip("optuna")
 
@@ -179,7 +179,7 @@ def test_a_hopeless_trial_ends_after_a_third_of_its_epochs(make):
 def taken_by_another_process(sweep):
     """A process that takes a trial, as a worker does, and says so."""
     code = (
-        "import sys, time; from pathlib import Path; from lightning_danns import sweep as tool, trials\n"
+        "import sys, time; from pathlib import Path; from lightning_danns.sweep import __main__ as tool, trials\n"
         "s = trials.Sweep(*tool.options_parser().parse_with_rest(sys.argv[1:]))\n"
         "locks = {}; print(trials.ask(s, s.load(), locks).number, flush=True); time.sleep(600)"
     )

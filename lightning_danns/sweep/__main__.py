@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from lightning_danns import workers
 from lightning_danns.errors import UsageError
-from lightning_danns.search_space import KINDS, design
-from lightning_danns.trials import (
+from lightning_danns.sweep.search_space import KINDS, design
+from lightning_danns.sweep.trials import (
     TRIES,
     Sweep,
     best_trial,
@@ -70,7 +70,7 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 def _rehearse_in_a_process(args: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
-        process = workers.start(__spec__.name, [*args, "--worker=rehearse"], log, jobs=1)
+        process = workers.start("lightning_danns.sweep", [*args, "--worker=rehearse"], log, jobs=1)
         try:
             status = process.wait()
         finally:
@@ -127,7 +127,7 @@ def run(sweep: Sweep, args: list[str]) -> int:
     logs = [sweep.folder / "workers" / f"{here}-{index}.txt" for index in range(sweep.jobs)]
 
     def start(index: int) -> "subprocess.Popen[bytes]":
-        return workers.start(__spec__.name, [*args, "--worker=work"], logs[index], sweep.jobs, index)
+        return workers.start("lightning_danns.sweep", [*args, "--worker=work"], logs[index], sweep.jobs, index)
 
     crew = [] if finished(sweep, study) else [start(index) for index in range(sweep.jobs)]
     deaths, succeeded = 0, 0

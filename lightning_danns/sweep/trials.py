@@ -23,7 +23,7 @@ import yaml
 from lightning_danns import workers
 from lightning_danns.atomic import replacing
 from lightning_danns.errors import DivergedError, UsageError
-from lightning_danns.search_space import design, parse_axis
+from lightning_danns.sweep.search_space import design, parse_axis
 
 if TYPE_CHECKING:
     import optuna
@@ -202,8 +202,8 @@ def train(sweep: Sweep, study: "optuna.Study", trial: "optuna.Trial") -> None:
 
 def _fit(sweep: Sweep, args: list[str], trial: "optuna.Trial | None", study: Any = None) -> str:
     """How it ended: finished, pruned or diverged."""
-    from lightning_danns.callbacks import ReportToTrial
     from lightning_danns.cli import main
+    from lightning_danns.sweep.pruning import ReportToTrial
 
     report = ReportToTrial(sweep.monitor, trial)
     try:
