@@ -69,4 +69,4 @@ def test_a_config_opens_with_what_how_and_expectation(path):
 
 def test_every_data_set_of_digits_has_every_arm():
     for folder in ("mnist", "fashion_mnist", "kmnist"):
-        assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} == EIGHT
+        assert {path.stem for path in (CONFIGS / folder).glob("*.yaml")} >= EIGHT
