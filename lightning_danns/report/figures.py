@@ -123,7 +123,7 @@ def diagnostics(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     names = [name for name in runs if re.fullmatch(r"(?!lr-)[^/]+/.*\D.*", name)]
     for arm, group in runs[~runs.trial].groupby("arm"):
         shown = group[group.finished] if group.finished.any() else group
-        logged = shown.groupby(shown.epoch + 1)[names].mean().dropna(axis=1, how="all")
+        logged = shown.groupby(shown.epoch + 1)[names].mean().dropna(axis=1, thresh=2)  # one epoch is no course
         if not logged.empty and len(logged.columns):
             yield str(arm), _panels(logged)
 
