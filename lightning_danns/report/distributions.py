@@ -66,8 +66,7 @@ def weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     for name, layer in _layers(model):
         kinds = {kind: getattr(layer, kind) for kind in ("Wex", "Wix", "Wei", "g")}
         found[name] = {kind: value.detach() for kind, value in kinds.items() if value is not None}
-        Wei, Wix = (w.detach().reshape(layer.groups, len(w) // layer.groups, -1) for w in (layer.Wei, layer.Wix))
-        found[name][NET] = layer.Wex.detach() - torch.bmm(Wei, Wix).view(layer.Wex.shape)
+        found[name][NET] = layer.net_weight().detach()
     return found
 
 
