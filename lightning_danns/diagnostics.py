@@ -36,7 +36,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_danns.layers.dale import DaleModule, DANNComponents
+from lightning_danns.layers.dale import DaleModule, DANNComponents, whole
 from lightning_danns.layers.dann import at_least_float32, without_autocast
 
 UNIT_DIM_OF_ORDINARY: dict[type[nn.Module], int] = {nn.Linear: -1, nn.Conv2d: -3}
@@ -143,12 +143,12 @@ def weight_diagnostics(layer: nn.Module) -> dict[str, float]:
     net: Tensor | None
     if isinstance(layer, DaleModule):
         for name, parameter in layer.nonnegative_parameters():
-            values[f"zeros_{name}"] = float((_whole(parameter) == 0).float().mean())
+            values[f"zeros_{name}"] = float((whole(parameter) == 0).float().mean())
         net = layer.net_weight()
     else:
         net = layer.weight  # type: ignore[assignment]
     if net is not None:
-        net = _whole(net).flatten(1)
+        net = whole(net).flatten(1)
         entropy = singular_value_entropy(net)
         values["effective_rank"] = math.exp(entropy)
         values["spectral_entropy"] = entropy / math.log(min(net.shape)) if min(net.shape) > 1 else 1.0
@@ -176,14 +176,10 @@ def projection_cosine(start: Sequence[Tensor], stepped: Sequence[Tensor], projec
     Both are taken as one vector over all tensors. From 0 (nothing of the step is left) to 1 (nothing was clamped), for
     a projection that clamps; NaN if there was no step.
     """
-    free = torch.cat([_whole(after - before).flatten() for before, after in zip(start, stepped, strict=True)])
-    kept = torch.cat([_whole(after - before).flatten() for before, after in zip(start, projected, strict=True)])
+    free = torch.cat([whole(after - before).flatten() for before, after in zip(start, stepped, strict=True)])
+    kept = torch.cat([whole(after - before).flatten() for before, after in zip(start, projected, strict=True)])
     free, kept = at_least_float32(free), at_least_float32(kept)
     lengths = float(free.norm() * kept.norm())
     if lengths == 0:
         return 0.0 if bool(free.any()) else math.nan
     return min(float(free @ kept) / lengths, 1.0)  # not above by rounding
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return getattr(parameter, "full_tensor", parameter.detach)()  # sharded strategies keep parts

@@ -120,6 +120,11 @@ def project_(model: nn.Module) -> None:
             parameter.clamp_(min=0)
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, of which a sharded strategy keeps a part in each process; every process must ask."""
+    return getattr(parameter, "full_tensor", parameter.detach)()
+
+
 def sign_violations(model: nn.Module) -> dict[str, float]:
     """Lowest value of each parameter that is not >= 0 everywhere (NaN counts), by qualified name."""
     violations = {}
@@ -127,8 +132,7 @@ def sign_violations(model: nn.Module) -> dict[str, float]:
         for name, parameter in layer.nonnegative_parameters():
             if not bool((parameter.detach() >= 0).all()):
                 # a process may have an empty shard of it, which has no minimum
-                whole = getattr(parameter, "full_tensor", parameter.detach)()
-                violations[f"{layer_name}.{name}" if layer_name else name] = float(whole.min())
+                violations[f"{layer_name}.{name}" if layer_name else name] = float(whole(parameter).min())
     return violations
 
 

@@ -24,7 +24,10 @@ from lightning_danns.optim import (
     rehearse_scheduler,
 )
 
-TRAIN_METRICS = ("train_loss", "train_accuracy")
+
+def metric_names(stage: str) -> tuple[str, str]:
+    """What the metrics of ``train``, ``val`` or ``test`` are logged as."""
+    return f"{stage}_loss", f"{stage}_accuracy"
 
 
 class ImageClassifier(pl.LightningModule):
@@ -144,7 +147,7 @@ class ImageClassifier(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         # Trainer.validate resets them under inference mode, which makes tensors that a later fit may not write
         for stage in dict.fromkeys(self._validation_stages()):
-            for name in (f"{stage}_loss", f"{stage}_accuracy"):
+            for name in metric_names(stage):
                 self.metrics[name].reset()
 
     def on_validation_epoch_end(self) -> None:
@@ -162,10 +165,10 @@ class ImageClassifier(pl.LightningModule):
         self._log_epoch("test")
 
     def _epoch_metrics(self, stage: str) -> dict[str, Tensor]:
-        return {name: self.metrics[name].compute() for name in (f"{stage}_loss", f"{stage}_accuracy")}
+        return {name: self.metrics[name].compute() for name in metric_names(stage)}
 
     def _log_epoch(self, stage: str, logger: bool = True) -> None:
-        for name in (f"{stage}_loss", f"{stage}_accuracy"):
+        for name in metric_names(stage):
             self.log(name, self.metrics[name], prog_bar=True, logger=logger)
 
     def configure_optimizers(self) -> Any:
@@ -250,7 +253,7 @@ class ImageClassifier(pl.LightningModule):
         """Within an epoch, keep what its metrics have counted in all processes."""
         epochs: Any = self._trainer.fit_loop.epoch_progress.current if self._trainer else None
         if epochs and epochs.processed < epochs.started:
-            checkpoint["train_metrics"] = {name: _counts(self.metrics[name]) for name in TRAIN_METRICS}
+            checkpoint["train_metrics"] = {name: _counts(self.metrics[name]) for name in metric_names("train")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from lightning_danns.callbacks import ReplicaCheckpoint, ReplicaProjection
 from lightning_danns.checkpoints import AtomicCheckpointIO
 from lightning_danns.errors import UsageError
-from lightning_danns.modules.base import ImageClassifier
+from lightning_danns.modules.base import ImageClassifier, metric_names
 from lightning_danns.monitoring import DaleDiagnostics
 from lightning_danns.optim import fisher_optimizer, fisher_param_groups
 
@@ -214,7 +214,7 @@ class ReplicatedClassifier(ImageClassifier):
     def _log_epoch(self, stage: str, logger: bool = True) -> None:
         for name, value in self._epoch_metrics(stage).items():
             self.log(name, value, prog_bar="/" not in name, logger=logger)
-        for name in (f"{stage}_loss", f"{stage}_accuracy"):
+        for name in metric_names(stage):
             self.metrics[name].reset()
 
     def setup(self, stage: str) -> None:

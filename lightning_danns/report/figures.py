@@ -124,7 +124,7 @@ def diagnostics(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
     for arm, group in runs[~runs.trial].groupby("arm"):
         shown = group[group.finished] if group.finished.any() else group
         logged = shown.groupby(shown.epoch + 1)[names].mean().dropna(axis=1, thresh=2)  # one epoch is no course
-        if not logged.empty and len(logged.columns):
+        if not logged.empty:
             yield str(arm), _panels(logged)
 
 

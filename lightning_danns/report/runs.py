@@ -194,7 +194,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """What two runs of one arm must share: all that changes learning or measurement, but for the seed."""
     data = {name: value for name, value in (config["data"].get("init_args") or {}).items() if name not in SAME_DATA}
     callbacks = config["trainer"].get("callbacks") or []
-    callbacks = [c for c in callbacks if not ONLOOKERS.search(c.get("class_path", ""))] if callbacks else []
+    callbacks = [c for c in callbacks if not ONLOOKERS.search(c.get("class_path", ""))]
     trainer = {name: config["trainer"].get(name) for name in TRAINER}
     return dict(_flat({"model": config["model"], "data": data, "trainer": trainer, "callbacks": callbacks}))
 
