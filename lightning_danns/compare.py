@@ -106,20 +106,20 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
 
 
 def finished(run: Run) -> bool:
-    """Whether ``last.ckpt`` is from the end of the last epoch (or step). Its metrics were written before it."""
-    import torch
+    """Whether ``last.ckpt`` is from the end of the last epoch (or step), or from where EarlyStopping ended the fit.
 
-    path = run.folder / "checkpoints" / "last.ckpt"
-    if not path.is_file():
+    Its metrics were written before it.
+    """
+    from lightning_danns.run_folder import last_checkpoint, stopped_early
+
+    state = last_checkpoint(run.folder)
+    if state is None:
         return False
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    except Exception:  # damaged, which the fit will say
-        return False
+    epochs = state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     trainer = run.settings["trainer"]
     last_epoch, last_step = trainer["max_epochs"], trainer["max_steps"]
-    return 0 <= (-1 if last_epoch is None else last_epoch) <= epochs or 0 < last_step <= state["global_step"]
+    all_epochs = 0 <= (-1 if last_epoch is None else last_epoch) <= epochs
+    return all_epochs or 0 < last_step <= state["global_step"] or stopped_early(state)
 
 
 def last_metrics(folder: Path) -> str:

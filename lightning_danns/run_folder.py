@@ -51,6 +51,20 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
+def last_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """What ``last.ckpt`` of the run in ``folder`` holds; None if there is none, or it is damaged."""
+    try:
+        content = torch.load(folder / "checkpoints" / "last.ckpt", "cpu", weights_only=True, mmap=True)
+    except Exception:  # of whatever kind: a fit that goes on from it will say
+        return None
+    return content if isinstance(content, dict) and {"loops", "callbacks"} <= content.keys() else None
+
+
+def stopped_early(checkpoint: dict[str, Any]) -> bool:
+    """Whether EarlyStopping has ended the fit that ``checkpoint`` is from, so that there is nothing left to train."""
+    return any(isinstance(state, dict) and state.get("stopped_epoch") for state in checkpoint["callbacks"].values())
+
+
 @contextmanager
 def undone_if(mistake: Callable[[Exception], Any], folder: Path) -> Iterator[None]:
     """Leave ``folder`` as it was if a command ends in a user's mistake before it has saved a checkpoint."""

@@ -16,6 +16,7 @@ from conftest import QUIET
 import lightning_danns.cli as cli
 from lightning_danns import compare as tool
 from lightning_danns import workers
+from lightning_danns.report import load_runs
 
 ARM = """
 model:
@@ -95,6 +96,16 @@ def test_an_unfinished_run_goes_on_and_more_epochs_are_added(compare, arms):
     assert compare("dann.yaml", *FIT)[0] == ["dann/seed_0"]
     assert epochs("f/dann/seed_0") == [0, 1, 1]
     assert compare("dann.yaml", *FIT)[0] == []
+
+
+def test_a_run_that_was_stopped_early_is_finished(compare, arms):
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
+    never_better = ["--trainer.callbacks.min_delta=100", "--trainer.callbacks.patience=1", "--trainer.max_epochs=9"]
+    assert compare("dann.yaml", *FIT, *stopping, *never_better)[0] == ["dann/seed_0"]
+    assert epochs("f/dann/seed_0") == [0, 1]
+    assert compare("dann.yaml", *FIT, *stopping, *never_better)[0] == []
+    pytest.importorskip("pandas")
+    assert load_runs("f").finished.all()
 
 
 def test_other_settings_than_those_of_an_earlier_part_are_refused(compare, arms):

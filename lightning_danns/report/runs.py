@@ -41,9 +41,10 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
     """All runs below ``folders``: a row for each run and epoch, with the run's settings and its metrics of that epoch.
 
     ``arm, seed, lr, data``: what is compared, see above; ``family`` is the arm whatever its learning rate. ``trial``:
-    whether it is one of a sweep (``.../trials/0007``). ``finished``: whether it has all of ``max_epochs`` and its last
-    checkpoint. ``diverged``: its training loss is no number. ``checkpoint_test_accuracy``: what the command ``test``
-    found. ``folder`` tells runs apart. ``epoch`` counts from 0; ``train_loss, ..., LAYER/QUANTITY`` are metrics.
+    whether it is one of a sweep (``.../trials/0007``). ``finished``: whether it has all of ``max_epochs`` (or as many
+    as EarlyStopping let it have) and its last checkpoint. ``diverged``: its training loss is no number.
+    ``checkpoint_test_accuracy``: what the command ``test`` found. ``folder`` tells runs apart. ``epoch`` counts from
+    0; ``train_loss, ..., LAYER/QUANTITY`` are metrics.
 
     Raises:
         UsageError: a folder does not exist.
@@ -158,6 +159,7 @@ def _run(folder: Path, config: dict[str, Any], metrics: pd.DataFrame) -> pd.Data
     done = int(max(accuracies.index, default=-1)) + 1
     limit = isinstance(max_epochs, int) and max_epochs > 0
     reached = done >= max_epochs if limit else "step" in metrics and metrics["step"].max() + 1 >= (max_steps or 0) > 0
+    reached = reached or _stopped_early(folder, config)
     one_run = {
         "base": base or _short(model["class_path"]),
         "seed": seed if isinstance(seed, int) else None,
@@ -173,6 +175,15 @@ def _run(folder: Path, config: dict[str, Any], metrics: pd.DataFrame) -> pd.Data
         "settings": json.dumps(_settings(config), sort_keys=True),
     }
     return metrics.reset_index().assign(**one_run)
+
+
+def _stopped_early(folder: Path, config: dict[str, Any]) -> bool:
+    if "EarlyStopping" not in str(config["trainer"].get("callbacks")):
+        return False  # without reading the checkpoint, which may be large
+    from lightning_danns.run_folder import last_checkpoint, stopped_early
+
+    checkpoint = last_checkpoint(folder)
+    return checkpoint is not None and stopped_early(checkpoint)
 
 
 def _learning_rate(model: dict[str, Any]) -> float | None:
