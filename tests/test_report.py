@@ -304,6 +304,17 @@ def test_trials_of_a_sweep_are_in_no_table_and_end_as_the_sweep_says(tmp_path):
     assert set(points.family) == {"arm"}
 
 
+def test_two_sweeps_of_one_name_are_told_apart_by_what_neither_searches(tmp_path):
+    for epochs, rates in ((3, [0.1, 0.2]), (6, [0.1, 0.4])):
+        for number, lr in enumerate(rates):
+            folder = tmp_path / f"sweeps_{epochs}" / "arm" / "trials" / f"{number:04d}"
+            make_run(folder, FALLING[:epochs], lr=lr, name="val_accuracy", trainer={"max_epochs": epochs})
+    make_run(tmp_path / "more" / "arm" / "trials" / "0000", lr=0.8, name="val_accuracy")  # more values of the second
+    runs = load_runs(tmp_path)
+    rates = runs.groupby("arm").lr.unique().map(sorted)
+    assert dict(rates) == {"arm (max_epochs=3)": [0.1, 0.2], "arm (max_epochs=6)": [0.1, 0.4, 0.8]}
+
+
 def test_replicas_are_runs_of_their_own(tmp_path):
     many = make_run(tmp_path / "many")
     config = yaml.safe_load((many / "config.yaml").read_text())

@@ -9,7 +9,7 @@ seed become arms of their own, named by what differs, so that no mean ever mixes
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -219,26 +219,31 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _arms(runs: pd.DataFrame, apart_from: set[str]) -> pd.Series:
-    """The name of each row's arm: its base and, where runs of that base differ, in what."""
+    """The name of each row's arm: its base and, where runs or sweeps of that base differ, in what."""
     names = {}
     for (_, trial), group in runs.drop_duplicates("folder").groupby(["base", "trial"]):
         settings = {folder: json.loads(text) for folder, text in zip(group.folder, group.settings, strict=True)}
-        keys = dict.fromkeys(key for one in settings.values() for key in one)
+        owners = group.folder.map(lambda folder: str(Path(folder).parent)) if trial else group.folder
+        # of runs on different data, only those on the same are compared
+        compared = [
+            [[settings[folder] for folder in one.folder] for _, one in same.groupby(owners)]
+            for _, same in group.groupby("data")
+        ]
         differing = [
             key
-            for key in keys
-            if key.rpartition(".")[2] not in apart_from
-            # of runs on different data, only those on the same are compared
-            and any(_several(settings[folder].get(key) for folder in same.folder) for _, same in group.groupby("data"))
+            for key in dict.fromkeys(key for one in settings.values() for key in one)
+            if key.rpartition(".")[2] not in apart_from and any(_differs(key, owned) for owned in compared)
         ]
         for folder, base in zip(group.folder, group.base, strict=True):
-            what = [f"{key.rpartition('.')[2]}={settings[folder].get(key)}" for key in differing if not trial]
+            what = [f"{key.rpartition('.')[2]}={settings[folder].get(key)}" for key in differing]
             names[folder] = f"{base} ({', '.join(what)})" if what else base
     return runs.folder.map(names)
 
 
-def _several(values: Iterable[Any]) -> bool:
-    return len({json.dumps(value) for value in values}) > 1
+def _differs(key: str, owned: list[list[dict[str, Any]]]) -> bool:
+    """Whether a setting tells runs, or sweeps with their trials, from each other. What a sweep searches does not."""
+    values = [{json.dumps(settings.get(key)) for settings in one} for one in owned]
+    return all(len(of_one) == 1 for of_one in values) and len(set.union(*values)) > 1
 
 
 def _twins(runs: pd.DataFrame) -> dict[str, str]:
