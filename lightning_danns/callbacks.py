@@ -71,20 +71,20 @@ class DaleProjection(pl.Callback):
         self._handles = [register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refuse_violations(pl_module, _START)
+        self._refuse_violations(pl_module, trained=False)
         self._end_input_check = refuse_negative_inputs(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # again: sharded strategies restore a checkpoint only after on_fit_start
-        self._refuse_violations(pl_module, _START)
+        self._refuse_violations(pl_module, trained=False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._refuse_violations(pl_module, _TRAINED)
+        self._refuse_violations(pl_module, trained=True)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._refuse_violations(pl_module, _TRAINED)
+        self._refuse_violations(pl_module, trained=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove_hooks()
@@ -102,12 +102,16 @@ class DaleProjection(pl.Callback):
         """What ends a fit: the lowest value of each weight that is not >= 0, by name."""
         return sign_violations(pl_module)
 
-    def _refuse_violations(self, pl_module: pl.LightningModule, text: str) -> None:
+    def _refuse_violations(self, pl_module: pl.LightningModule, trained: bool) -> None:
         violations = self.violations(pl_module)
         if violations:
             listing = [f"{name} (lowest value {low:.4g})" for name, low in violations.items()]
-            kind = DivergedError if text is _TRAINED and any(map(math.isnan, violations.values())) else UsageError
-            raise kind(text.format(", ".join([*listing[:3], *(["..."] if len(listing) > 3 else [])])))
+            kind = DivergedError if trained and any(map(math.isnan, violations.values())) else UsageError
+            raise kind(
+                (_TRAINED if trained else _START).format(
+                    ", ".join([*listing[:3], *(["..."] if len(listing) > 3 else [])])
+                )
+            )
 
 
 class _StepControl(pl.Callback):
