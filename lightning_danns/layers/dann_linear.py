@@ -134,13 +134,13 @@ def _transformed() -> bool:
 
 def _equations(
     x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, gain: Tensor, g: Tensor, b: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, and what its gradients need: z_i, gamma and u = (z_e - Wei z_i) / gamma."""
+) -> tuple[Tensor, ...]:
+    """z, and what its gradients need: z_i, gain z_i, gamma and u = (z_e - Wei z_i) / gamma."""
     z_i = F.linear(x, Wix)  # (batch, ni)
-    v = F.linear(x, Wex).addmm_(z_i, Wei.t(), alpha=-1)  # (batch, ne)
-    gamma = F.linear(gain * z_i, Wei).add_(EPS)
-    u = v / gamma
-    return g * u if b is None else torch.addcmul(b, g, u), z_i, gamma, u
+    gained = gain * z_i
+    gamma = F.linear(gained, Wei).add_(EPS)  # (batch, ne)
+    u = F.linear(x, Wex).addmm_(z_i, Wei.t(), alpha=-1).div_(gamma)
+    return g * u if b is None else torch.addcmul(b, g, u), z_i, gained, gamma, u
 
 
 class _Divisive(torch.autograd.Function):
@@ -151,8 +151,8 @@ class _Divisive(torch.autograd.Function):
         ctx: Any, x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None
     ) -> Tensor:
         gain = alpha.exp()
-        z, z_i, gamma, u = _equations(x, Wex, Wix, Wei, gain, g, b)
-        ctx.save_for_backward(x, Wex, Wix, Wei, alpha, g, b, gain, z_i, gamma, u)
+        z, *kept = _equations(x, Wex, Wix, Wei, gain, g, b)
+        ctx.save_for_backward(x, Wex, Wix, Wei, alpha, g, b, gain, *kept)
         return z
 
     @staticmethod
@@ -160,7 +160,7 @@ class _Divisive(torch.autograd.Function):
         if _in_half(dz):  # backward() under autocast, of a forward pass that was not
             with without_autocast(dz):
                 return _Divisive.backward(ctx, dz)
-        x, Wex, Wix, Wei, alpha, g, b, gain, z_i, gamma, u = ctx.saved_tensors
+        x, Wex, Wix, Wei, alpha, g, b, gain, z_i, gained, gamma, u = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # these gradients are to be differentiated again: leave them to autograd
             z, *_ = _equations(x, Wex, Wix, Wei, alpha.exp(), g, b)
@@ -172,10 +172,10 @@ class _Divisive(torch.autograd.Function):
         r = g / gamma
         dv = dz * r  # (batch, ne); dz_e is the same
         w *= r  # -dgamma
-        divided = torch.mm(w, Wei).mul_(gain)  # (batch, ni): minus the part of dz_i that comes through gamma
-        dalpha = (divided * z_i).sum(0).neg_()
-        dz_i = divided.addmm_(dv, Wei, beta=-1, alpha=-1)
-        dWei = torch.mm(w.t(), gain * z_i).addmm_(dv.t(), z_i, beta=-1, alpha=-1)
+        divided = torch.mm(w, Wei)  # (batch, ni): minus the gradient of gain z_i
+        dalpha = (divided * gained).sum(0).neg_()
+        dz_i = divided.mul_(gain).addmm_(dv, Wei, beta=-1, alpha=-1)
+        dWei = torch.mm(w.t(), gained).addmm_(dv.t(), z_i, beta=-1, alpha=-1)
         dWex = torch.mm(dv.t(), x) if needed[1] else None
         dWix = torch.mm(dz_i.t(), x) if needed[2] else None
         dx = torch.mm(dv, Wex).addmm_(dz_i, Wix) if needed[0] else None
