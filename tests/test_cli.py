@@ -140,6 +140,12 @@ def test_only_the_trainers_own_progress_bar_is_redrawn_seldom(run):
     assert bars == [20, 3]
 
 
+def test_a_profiler_that_is_asked_for_measures(run):
+    for option, measures in (([], False), (["--trainer.profiler=simple"], True)):
+        trainer = cli.main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", *option]).trainer
+        assert ("run_training_batch" in trainer.profiler.summary()) == measures
+
+
 def test_the_published_protocol_trains_on_all_images_and_selects_nothing(run, data_dir):
     output = fit(run, "--data.val_size=0", "--data.test_each_epoch=true")
     assert [path.name for path in (data_dir / "run" / "checkpoints").iterdir()] == ["last.ckpt"]

@@ -201,6 +201,12 @@ class ImageClassifier(pl.LightningModule):
         measured = self.correction == "measured" and not any(isinstance(c, FisherMonitor) for c in callbacks)
         return self._with_projection([FisherMonitor()] if measured else [])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":  # Lightning sets it forty times a step, and Module's way takes two hooks' time
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = cls.configure_callbacks
