@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from lightning_danns.modules import ColumnEIMLP as ColumnEIMLP
     from lightning_danns.modules import ConvNet as ConvNet
     from lightning_danns.modules import DANNConvNet as DANNConvNet
+    from lightning_danns.modules import DANNResNet as DANNResNet
     from lightning_danns.modules import ImageClassifier as ImageClassifier
     from lightning_danns.modules import ReplicatedClassifier as ReplicatedClassifier
+    from lightning_danns.modules import ResNet as ResNet
     from lightning_danns.monitoring import DaleDiagnostics as DaleDiagnostics
     from lightning_danns.monitoring import FisherMonitor as FisherMonitor
     from lightning_danns.optim import DiagonalNGD as DiagonalNGD
@@ -45,8 +47,8 @@ _ROOMS = {
     "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping", "ReplicaCheckpoint"),
     "monitoring": ("DaleDiagnostics", "FisherMonitor"),
     "modules": (
-        *("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNVGG"),
-        *("ImageClassifier", "MLP", "ReplicatedClassifier", "VGG"),
+        *("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNResNet", "DANNVGG"),
+        *("ImageClassifier", "MLP", "ReplicatedClassifier", "ResNet", "VGG"),
     ),
     "convert": ("daleify",),
     "data": (

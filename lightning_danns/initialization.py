@@ -15,6 +15,10 @@ Inputs = Literal["pixels", "rectified"]
 """What a layer sees: ``"pixels"`` (values in [0, 1]) or ``"rectified"`` (the ReLU output of a layer below)."""
 
 
+Inhibition = Literal["mean", "iid", "groups"]
+"""How inhibition starts: see `inhibition_`, `inhibition_iid_` and `inhibition_groups_`."""
+
+
 def excitatory_scale(d: int, inputs: Inputs) -> float:
     """Mean (= standard deviation) s of ``Wex`` for ``d`` inputs per unit.
 
@@ -57,3 +61,17 @@ def inhibition_iid_(Wix: Tensor, Wei: Tensor, s: float, generator: torch.Generat
     mean = math.sqrt(s / len(Wix))
     exponential_(Wix, mean, generator)
     exponential_(Wei, mean, generator)
+
+
+@torch.no_grad()
+def inhibition_groups_(Wix: Tensor, Wei: Tensor, Wex: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fill ``Wix`` and ``Wei`` so that each row of Wei Wix is exactly the mean row of ``Wex``, for any number ni.
+
+    The rows of ``Wex`` are cut at random into ni groups G_k whose sizes differ by one at most: Wix_k is the mean of the
+    rows in G_k, and Wei_ik = |G_k| / ne. One interneuron: as `inhibition_`.
+    """
+    ne = len(Wex)
+    order = torch.randperm(ne, generator=generator, device=None if generator is None else generator.device)
+    for k, group in enumerate(order.to(Wex.device).tensor_split(len(Wix))):
+        Wix[k] = Wex[group].mean(0)
+        Wei[:, k] = len(group) / ne

@@ -1,21 +1,29 @@
 """Networks as sequences of layers: one builder per architecture, one family of layers per kind of unit.
 
-An architecture (`mlp`, `cnn`) knows sizes and order; a family (`DANNFamily`, `StandardFamily`, `ColumnEIFamily`) knows
-which layers stand for "n units that see d inputs". Any architecture can be built of any family that has its layers.
+An architecture (`mlp`, `cnn`, `resnet`) knows sizes and order; a family (`DANNFamily`, `StandardFamily`,
+`ColumnEIFamily`) knows which layers stand for "n units that see d inputs". Any architecture can be built of any family that has its layers.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_danns.errors import UsageError
+from lightning_danns.initialization import Inhibition, Inputs
 from lightning_danns.layers import ColumnEILinear, DANNConv2d, DANNLinear
 
-Norm = Literal["none", "layer", "batch"]
+Norm = Literal["none", "layer", "group", "batch", "centred"]
+"""Normalisation of hidden ordinary layers: none; over a sample's units (layer), or over its channels and pixels (group,
+one group); over the batch; or weights alone, each row kept at mean 0 (centred)."""
+
+Shortcut = Literal["after", "before"]
+"""Where a residual block adds its input: after its last ReLU, or before it."""
 
 
 class Family(Protocol):
@@ -28,8 +36,8 @@ class Family(Protocol):
 class ConvFamily(Family, Protocol):
     """A family with convolutions."""
 
-    def conv(self, c: int, n: int, ni: int) -> list[nn.Module]:
-        """A 3x3 convolution that keeps the size, from ``c`` to ``n`` channels with ``ni`` interneuron channels."""
+    def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+        """A convolution padded to keep the size, from ``c`` to ``n`` channels with ``ni`` interneuron channels."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,19 @@ class DANNFamily:
     """Excitatory units with interneurons of their own (`DANNLinear`, `DANNConv2d`)."""
 
     divisive: bool = True
+    balanced: bool = False
+    inhibition: Inhibition | None = None
 
     def dense(self, d: int, n: int, ni: int, *, first: bool, last: bool) -> list[nn.Module]:
-        return [DANNLinear(d, n, ni, divisive=self.divisive, inputs="pixels" if first else "rectified")]
+        inputs: Inputs = "pixels" if first else "rectified"
+        return [DANNLinear(d, n, ni, inputs=inputs, **self._options)]
 
-    def conv(self, c: int, n: int, ni: int) -> list[nn.Module]:
-        return [DANNConv2d(c, n, ni, kernel_size=3, padding=1, divisive=self.divisive)]
+    def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+        return [DANNConv2d(c, n, ni, kernel, stride, padding=kernel // 2, **self._options)]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"divisive": self.divisive, "balanced": self.balanced, "inhibition": self.inhibition}
 
 
 @dataclass(frozen=True)
@@ -55,24 +70,41 @@ class StandardFamily:
     norm: Norm = "none"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("none", "layer", "batch"):
-            raise UsageError(f"norm={self.norm!r}: choose 'none', 'layer' or 'batch'")
+        if self.norm not in get_args(Norm):
+            raise UsageError(f"norm={self.norm!r}: choose one of {', '.join(map(repr, get_args(Norm)))}")
 
     def dense(self, d: int, n: int, ni: int, *, first: bool, last: bool) -> list[nn.Module]:
         linear = nn.Linear(d, n)
         nn.init.normal_(linear.weight, std=math.sqrt((1 if first else 2) / d))
-        nn.init.zeros_(linear.bias)
-        if last or self.norm == "none":
-            return [linear]
-        return [linear, nn.LayerNorm(n) if self.norm == "layer" else nn.BatchNorm1d(n)]
+        norms = {"layer": nn.LayerNorm, "group": nn.LayerNorm, "batch": nn.BatchNorm1d}
+        return self._normalised(linear, [] if last or self.norm not in norms else [norms[self.norm](n)])
 
-    def conv(self, c: int, n: int, ni: int) -> list[nn.Module]:
+    def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
         if self.norm == "layer":
-            raise UsageError("norm='layer': convolutional networks have 'none' or 'batch'")
-        conv = nn.Conv2d(c, n, kernel_size=3, padding=1)
-        nn.init.normal_(conv.weight, std=math.sqrt(2 / (9 * c)))
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-        return [conv] if self.norm == "none" else [conv, nn.BatchNorm2d(n)]
+            raise UsageError("norm='layer': convolutional networks have 'none', 'group', 'batch' or 'centred'")
+        norms = {"group": [nn.GroupNorm(1, n)], "batch": [nn.BatchNorm2d(n)]}
+        norm = norms.get(self.norm, [])
+        conv = nn.Conv2d(c, n, kernel, stride, padding=kernel // 2, bias=not norm)  # a norm has a bias of its own
+        nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel**2 * c)))
+        return self._normalised(conv, norm)
+
+    def _normalised(self, layer: nn.Linear | nn.Conv2d, norm: list[nn.Module]) -> list[nn.Module]:
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if self.norm == "centred":
+            parametrize.register_parametrization(layer, "weight", CentredRows())
+        return [layer, *norm]
+
+
+class CentredRows(nn.Module):
+    """W_i. - mean_j W_ij: weights whose rows sum to 0, the ordinary layer's equivalent of balanced inhibition.
+
+    As a parametrisation, it gives SGD (with momentum and decay too) the same weights as subtracting the mean of each
+    row after every step.
+    """
+
+    def forward(self, W: Tensor) -> Tensor:
+        return W - W.mean(tuple(range(1, W.dim())), keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -83,19 +115,21 @@ class ColumnEIFamily:
     """
 
     ratio: int = 10
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if self.ratio < 1:
             raise UsageError(f"ratio={self.ratio}: at least one excitatory unit for each inhibitory one")
 
     def dense(self, d: int, n: int, ni: int, *, first: bool, last: bool) -> list[nn.Module]:
-        return [ColumnEILinear(d, n, ni=0 if first else math.ceil(d / (self.ratio + 1)))]
+        ni = 0 if first else math.ceil(d / (self.ratio + 1))
+        return [ColumnEILinear(d, n, ni, balanced=self.balanced and ni > 0)]
 
 
 def interneurons(sizes: Sequence[int], ni: int | Sequence[int] | None) -> list[int]:
     """Interneurons of each hidden layer: as given, the same number in all, or a tenth of the layer's units."""
     if ni is None:
-        return [max(1, ne // 10) for ne in sizes]
+        return [tenth(ne) for ne in sizes]
     counts = [ni] * len(sizes) if isinstance(ni, int) else list(ni)
     if len(counts) != len(sizes):
         raise UsageError(
@@ -193,6 +227,111 @@ def vgg(
     return cnn(
         input_shape, blocks, (4096, 4096), num_classes, family, conv_ni=conv_ni, pool_to_one=True, dropout=dropout
     )
+
+
+RESNET_BLOCKS = {20: (3, 3, 3), 32: (5, 5, 5), 56: (9, 9, 9), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+"""Residual blocks of each stage. 20, 32 and 56: for 32 x 32 pixels; 18, 34 and 50: for larger images."""
+
+
+def resnet(
+    depth: int,
+    input_shape: Sequence[int],
+    num_classes: int,
+    family: ConvFamily,
+    shortcut: Shortcut = "after",
+    stem: Literal["auto", "small", "large"] = "auto",
+) -> nn.Sequential:
+    """Residual network (He et al., CVPR 2016): a stem, stages of `ResidualBlock`s, mean over pixels, one dense layer.
+
+    Stages are 16-32-64 channels wide for depths 20, 32 and 56, and 64-128-256-512 for 18, 34 and 50 (whose blocks are
+    bottlenecks, four times as wide at their end); every stage but the first halves the image. Interneurons are a tenth
+    of the channels.
+
+    Args:
+        depth: one of `RESNET_BLOCKS`.
+        input_shape: (channels, height, width).
+        num_classes: units of the output layer.
+        family: what the layers are.
+        shortcut: where a block adds its input, see `ResidualBlock`.
+        stem: ``"small"``, one 3x3 convolution; ``"large"``, 7x7 with stride 2 and max-pooling. ``"auto"``: large
+            for depths 18, 34 and 50 and images of more than 64 pixels.
+
+    Raises:
+        UsageError: a depth or option that does not exist, or an image that is not (channels, height, width).
+    """
+    if depth not in RESNET_BLOCKS:
+        raise UsageError(f"depth={depth}: residual networks have depth {', '.join(map(str, RESNET_BLOCKS))}")
+    if shortcut not in get_args(Shortcut):
+        raise UsageError(f"shortcut={shortcut!r}: choose 'after' or 'before'")
+    if stem not in ("auto", "small", "large"):
+        raise UsageError(f"stem={stem!r}: choose 'auto', 'small' or 'large'")
+    if len(input_shape) != 3:
+        raise UsageError(f"input_shape={list(input_shape)}: a residual network needs (channels, height, width)")
+    blocks, bottleneck = RESNET_BLOCKS[depth], depth == 50
+    width = 16 if len(blocks) == 3 else 64
+    if stem == "auto":
+        stem = "large" if len(blocks) == 4 and max(input_shape[1:]) > 64 else "small"
+    layers: list[nn.Module] = [*family.conv(input_shape[0], width, tenth(width), *((7, 2) if stem == "large" else ()))]
+    layers += [nn.ReLU(), *([nn.MaxPool2d(3, 2, padding=1)] if stem == "large" else [])]
+    channels = width
+    for stage, count in enumerate(blocks):
+        for k in range(count):
+            stride = 2 if stage > 0 and k == 0 else 1
+            block = ResidualBlock(channels, width * 2**stage, stride, family, bottleneck, shortcut)
+            layers.append(block)
+            channels = block.out_channels
+    dense = family.dense(channels, num_classes, 1, first=False, last=True)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *dense)
+
+
+def tenth(n: int) -> int:
+    """Interneurons of ``n`` excitatory units if nothing else is said: a tenth, at least one."""
+    return max(1, n // 10)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1, and a shortcut around them.
+
+    Both places of the shortcut keep what the next layer sees non-negative, because x >= 0:
+
+        after:  h = x + ReLU(f(x))       two excitatory pathways converge
+        before: h = ReLU(x + f(x))       the usual one: x excites the units whose drive is f(x)
+
+    Where width or size change, x goes through a 1x1 convolution; after ReLU if its units must not be negative
+    (``after``).
+
+    Args:
+        c: input channels.
+        n: channels of the 3x3 convolutions.
+        stride: of the first 3x3 convolution and of the shortcut.
+        family: what the layers are.
+        bottleneck: whether 1x1 convolutions to n and to 4 n channels surround a single 3x3 convolution.
+        shortcut: ``"after"`` or ``"before"``.
+
+    Shape:
+        x (N, c, H, W) -> h (N, n or 4 n, H / stride, W / stride).
+    """
+
+    def __init__(self, c: int, n: int, stride: int, family: ConvFamily, bottleneck: bool, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.out_channels = 4 * n if bottleneck else n
+        self.before = shortcut == "before"
+        convolutions = (
+            [(c, n, 1, 1), (n, n, 3, stride), (n, 4 * n, 1, 1)] if bottleneck else [(c, n, 3, stride), (n, n, 3, 1)]
+        )
+        layers: list[nn.Module] = []
+        for inputs, outputs, kernel, step in convolutions:
+            layers += [*family.conv(inputs, outputs, tenth(outputs), kernel, step), nn.ReLU()]
+        self.body = nn.Sequential(*(layers[:-1] if self.before else layers))
+        self.shortcut = nn.Sequential()
+        if stride != 1 or c != self.out_channels:
+            self.shortcut.extend(family.conv(c, self.out_channels, tenth(self.out_channels), 1, stride))
+            if not self.before:
+                self.shortcut.append(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.shortcut(x) + self.body(x)
+        return torch.relu(h) if self.before else h
 
 
 def _dense_layers(

@@ -2,9 +2,12 @@
 
 from lightning_danns.layers.column_ei import ColumnEILinear
 from lightning_danns.layers.dale import (
+    Balance,
     DaleModule,
     DANNComponents,
     dale_layers,
+    imbalance,
+    imbalances,
     project_,
     refuse_negative_inputs,
     sign_violations,
@@ -14,12 +17,15 @@ from lightning_danns.layers.dann_conv import DANNConv2d
 from lightning_danns.layers.dann_linear import DANNLinear
 
 __all__ = [
+    "Balance",
     "ColumnEILinear",
     "DANNComponents",
     "DANNConv2d",
     "DANNLinear",
     "DaleModule",
     "dale_layers",
+    "imbalance",
+    "imbalances",
     "project_",
     "refuse_negative_inputs",
     "sign_violations",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import exponential_
-from lightning_danns.layers.dale import DaleModule, DANNComponents
+from lightning_danns.layers.dale import Balance, DaleModule, DANNComponents, balance_, total
 
 
 class ColumnEILinear(DaleModule):
@@ -29,6 +29,8 @@ class ColumnEILinear(DaleModule):
         out_features: number of units.
         ni: number of inhibitory inputs, from 0 to d - 1.
         bias: whether to add ``b``.
+        balanced: whether the inhibitory weights onto each unit are kept equal in sum to its excitatory ones, by scaling
+            them after each step (`project_`). Without inhibitory inputs there is nothing to balance.
         device, dtype: as in `torch.nn.Linear`.
 
     Attributes:
@@ -51,6 +53,7 @@ class ColumnEILinear(DaleModule):
     """
 
     nonnegative = ("W",)
+    balancing = ("W",)
     sign: Tensor
 
     def __init__(
@@ -60,6 +63,7 @@ class ColumnEILinear(DaleModule):
         ni: int,
         *,
         bias: bool = True,
+        balanced: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,7 +72,7 @@ class ColumnEILinear(DaleModule):
             raise UsageError(f"in_features={in_features}, out_features={out_features}: both must be at least 1")
         if not 0 <= ni < in_features:
             raise UsageError(f"ni={ni}: of in_features={in_features} inputs, from 0 to all but one can be inhibitory")
-        self.in_features, self.out_features, self.ni = in_features, out_features, ni
+        self.in_features, self.out_features, self.ni, self.balanced = in_features, out_features, ni, balanced
         self.W = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.b = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("sign", torch.empty(in_features, device=device, dtype=dtype))
@@ -89,6 +93,15 @@ class ColumnEILinear(DaleModule):
             exponential_(self.W[:, ne:], s_e * ne / ni)
         if self.b is not None:
             self.b.zero_()
+        if self.balanced:
+            balance_([self])
+
+    def balance(self) -> Balance | None:
+        """Sums over the excitatory and over the inhibitory inputs, whose weights are scaled."""
+        if self.ni == 0:
+            return None
+        ne = self.in_features - self.ni
+        return Balance(total(self.W[:, :ne]), total(self.W[:, ne:]), self.W[:, ne:])
 
     @torch.no_grad()
     def centre_(self, pixel_mean: float) -> None:
@@ -123,5 +136,6 @@ class ColumnEILinear(DaleModule):
 
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, ni={self.ni}, bias={self.b is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, ni={self.ni}, "
+            f"bias={self.b is not None}, balanced={self.balanced}"
         )

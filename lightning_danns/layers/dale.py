@@ -4,7 +4,8 @@ The projection and the group builder walk ``model.modules()`` and ask every `Dal
 parameter names nor concrete types, so a new layer joins by declaring itself.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +25,24 @@ class DANNComponents(NamedTuple):
     z: Tensor
 
 
+VANISHING = 1e-30
+"""Lowest value of a weight that balance scales, in place of 0: scaling brings it back when excitation asks for it."""
+
+
+class Balance(NamedTuple):
+    """Total excitation and inhibition onto each unit of a layer, and the weights that bring them into balance.
+
+    Attributes:
+        excitation: (units,), S_i, the sum of the excitatory weights onto each unit.
+        inhibition: (units,), I_i, what inhibition removes from each unit when every input is 1; linear in ``scaled``.
+        scaled: (units, ...), a parameter or a view of one, whose rows are scaled by S_i / I_i.
+    """
+
+    excitation: Tensor
+    inhibition: Tensor
+    scaled: Tensor
+
+
 class DaleModule(nn.Module):
     """A layer with signed weights. Subclasses declare about themselves:
 
@@ -32,9 +51,12 @@ class DaleModule(nn.Module):
             (a switched-off option) are passed over.
         nonnegative_inputs: whether the layer is only defined for inputs >= 0.
         unit_dim: the dimension of its output that counts units; -1, or -3 for a convolution over images.
+        balanced: whether each unit's total inhibition is kept equal to its total excitation.
+        balancing: names of the own parameters that do so; they stay >= `VANISHING` instead of >= 0 then.
 
     Methods:
         lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
+        balance: both totals of each unit, of a layer that can be balanced.
         components, net_weight: for analysis (`lightning_danns.diagnostics`), if the layer has such parts.
 
     Example:
@@ -60,10 +82,16 @@ class DaleModule(nn.Module):
     nonnegative: ClassVar[tuple[str, ...]] = ()
     nonnegative_inputs: ClassVar[bool] = True
     unit_dim: ClassVar[int] = -1
+    balanced: bool = False
+    balancing: ClassVar[tuple[str, ...]] = ()
 
     def lr_factors(self) -> dict[str, float]:
         """Learning-rate factor by name of own parameter; a name left out has factor 1."""
         return {}
+
+    def balance(self) -> Balance | None:
+        """Total excitation and inhibition of each unit, and the weights that balance them; None if it has not both."""
+        return None
 
     def components(self, x: Tensor) -> DANNComponents | None:
         """Every part of the computation for input ``x``, for analysis; None if the layer does not tell."""
@@ -101,23 +129,85 @@ def dale_layers(model: nn.Module) -> Iterator[tuple[str, DaleModule]]:
 
 @torch.no_grad()
 def project_(model: nn.Module) -> None:
-    """Clamp every parameter that must be non-negative: W <- max(W, 0). Call it after each optimizer step.
+    """Bring the weights of ``model`` back under Dale's principle. Call it after each optimizer step:
+
+        W       <- max(W, 0)            every parameter that must be non-negative
+        Wei_ik  <- Wei_ik S_i / I_i     balanced layers: S_i total excitation, I_i total inhibition onto unit i
 
     `DaleProjection` does this for Lightning; this function is for your own training loop.
     """
-    signed: list[Tensor] = []
+    layers: list[DaleModule] = []
     modules: list[nn.Module | None] = [model]
     while modules:  # model.modules() hashes each module, which torchmetrics makes slow
         module = modules.pop()
         if isinstance(module, DaleModule):
-            signed += [parameter for _, parameter in module.nonnegative_parameters()]
+            layers.append(module)
         if module is not None:
             modules += module._modules.values()
+    signed: list[Tensor] = []
+    lowest: list[float] = []
+    for layer in layers:
+        for name, parameter in layer.nonnegative_parameters():
+            signed.append(parameter)
+            lowest.append(VANISHING if layer.balanced and name in layer.balancing else 0.0)
     if signed and all(type(parameter) is nn.Parameter for parameter in signed):
-        torch._foreach_clamp_min_(signed, 0)  # all at once, as torch's optimizers step
+        torch._foreach_clamp_min_(signed, lowest)  # all at once, as torch's optimizers step
     else:  # shards, which do not mix with whole tensors or those of other meshes
-        for parameter in signed:
-            parameter.clamp_(min=0)
+        for parameter, low in zip(signed, lowest, strict=True):
+            parameter.clamp_(min=low)
+    balance_([layer for layer in layers if layer.balanced])
+
+
+@torch.no_grad()
+def balance_(layers: Sequence[DaleModule]) -> None:
+    """Scale inhibition onto each unit of ``layers`` until its total equals the unit's total excitation.
+
+    A unit without excitation, and one whose totals are not finite, keeps its weights.
+    """
+    parts = [part for layer in layers if (part := layer.balance()) is not None]
+    together = len({(type(part.excitation), part.excitation.device, part.excitation.dtype) for part in parts}) == 1
+    if together and type(parts[0].excitation) is Tensor:  # one small vector of all units instead of one a layer
+        ratio = _ratio(torch.cat([part.excitation for part in parts]), torch.cat([part.inhibition for part in parts]))
+        ratios = ratio.split([len(part.excitation) for part in parts])
+    else:
+        ratios = tuple(_ratio(part.excitation, part.inhibition) for part in parts)
+    for part, ratio in zip(parts, ratios, strict=True):
+        part.scaled.mul_(ratio.view(-1, *[1] * (part.scaled.dim() - 1)))
+
+
+def _ratio(excitation: Tensor, inhibition: Tensor) -> Tensor:
+    ratio = excitation / inhibition
+    return torch.where((ratio > 0) & (ratio < math.inf), ratio, 1)
+
+
+@torch.no_grad()
+def imbalance(layer: DaleModule) -> Tensor | None:
+    """Of each unit, |S - I| / S, total excitation against total inhibition; 0 where S = 0, None without both."""
+    part = layer.balance()
+    if part is None:
+        return None
+    excitation, inhibition = whole(part.excitation), whole(part.inhibition)
+    return torch.where(excitation == 0, 0, (excitation - inhibition).abs() / excitation)
+
+
+def imbalances(model: nn.Module) -> dict[str, float]:
+    """Highest imbalance of each balanced layer of ``model`` that has lost its balance, by qualified name.
+
+    Balanced is what the precision of the weights allows: up to the root of its machine epsilon (3e-4 in float32).
+    """
+    lost = {}
+    for name, layer in dale_layers(model):
+        if layer.balanced and (of_units := imbalance(layer)) is not None:
+            precision = max(torch.finfo(p.dtype).eps for p in layer.parameters(recurse=False))
+            if bool((of_units > math.sqrt(precision)).any()):
+                lost[name] = float(of_units.max())
+    return lost
+
+
+def total(weight: Tensor) -> Tensor:
+    """Sum of the weights of each unit, (units,); at least in float32."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.sum(tuple(range(1, weight.dim())), dtype=dtype)
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -14,21 +14,23 @@ of operations that is fastest for it.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import (
+    Inhibition,
     Inputs,
     excitatory_scale,
     exponential_,
     inhibition_,
+    inhibition_groups_,
     inhibition_iid_,
     log_gain,
 )
-from lightning_danns.layers.dale import DaleModule, DANNComponents
+from lightning_danns.layers.dale import Balance, DaleModule, DANNComponents, balance_, total
 
 EPS = 1e-8
 """Added to gamma, so that a unit without any inhibition does not divide by zero."""
@@ -64,6 +66,7 @@ class DANN(DaleModule):
     """
 
     nonnegative = ("Wex", "Wix", "Wei", "g")
+    balancing = ("Wei",)
     alpha: nn.Parameter | None
     g: nn.Parameter | None
     b: nn.Parameter | None
@@ -76,7 +79,8 @@ class DANN(DaleModule):
         divisive: bool,
         bias: bool,
         inputs: Inputs,
-        inhibition: Literal["mean", "iid"],
+        inhibition: Inhibition | None,
+        balanced: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         groups: int = 1,
@@ -88,11 +92,13 @@ class DANN(DaleModule):
             raise UsageError(f"ni={ni}: the interneurons must number between 1 and ne={ne} (about a tenth of ne)")
         if inputs not in ("pixels", "rectified"):
             raise UsageError(f"inputs={inputs!r}: say 'pixels' (values in [0, 1]) or 'rectified' (ReLU outputs)")
-        if inhibition not in ("mean", "iid"):
-            raise UsageError(f"inhibition={inhibition!r}: choose 'mean' (Wei = 1/ni) or 'iid'")
+        if inhibition is None:
+            inhibition = "groups" if balanced else "mean"
+        if inhibition not in ("mean", "iid", "groups"):
+            raise UsageError(f"inhibition={inhibition!r}: choose 'mean' (Wei = 1/ni), 'groups' or 'iid'")
         # ints of the whole layer: sharded parameters have smaller shapes
         self.ne, self.ni, self.d, self.groups = ne, ni, math.prod(input_shape), groups
-        self.divisive, self.inputs, self.inhibition = divisive, inputs, inhibition
+        self.divisive, self.inputs, self.inhibition, self.balanced = divisive, inputs, inhibition, balanced
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -114,6 +120,8 @@ class DANN(DaleModule):
         for Wex, Wix, Wei in zip(*groups, strict=True):  # each group of channels has interneurons of its own
             if self.inhibition == "iid":
                 inhibition_iid_(Wix, Wei, s)
+            elif self.inhibition == "groups":
+                inhibition_groups_(Wix, Wei, Wex)
             else:
                 inhibition_(Wix, Wei, Wex, s)
         if self.alpha is not None and self.g is not None:
@@ -121,6 +129,16 @@ class DANN(DaleModule):
             self.g.fill_(1)
         if self.b is not None:
             self.b.zero_()
+        if self.balanced:
+            balance_([self])
+
+    def balance(self) -> Balance:
+        """S_i = sum_j Wex_ij and I_i = sum_k Wei_ik sum_j Wix_kj, which a row of Wei scales."""
+        Wix, Wei = total(self.Wix), at_least_float32(self.Wei)  # (ni,), (ne, ni / groups)
+        if self.groups == 1:
+            return Balance(total(self.Wex), Wei @ Wix, self.Wei)
+        inhibition = torch.bmm(Wei.reshape(self.groups, -1, Wei.shape[1]), Wix.view(self.groups, -1, 1))
+        return Balance(total(self.Wex), inhibition.flatten(), self.Wei)
 
     def lr_factors(self) -> dict[str, float]:
         """Fisher corrections: Wix 1/√ne, Wei 1/d, alpha 1/(d √ne); Wex, g and b keep 1."""
@@ -193,5 +211,5 @@ class DANN(DaleModule):
     def _options(self) -> str:
         return (
             f"divisive={self.divisive}, bias={self.b is not None}, "
-            f"inputs={self.inputs!r}, inhibition={self.inhibition!r}"
+            f"inputs={self.inputs!r}, inhibition={self.inhibition!r}, balanced={self.balanced}"
         )

@@ -1,13 +1,13 @@
 """The convolutional layer of Dale's ANNs."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_danns.errors import UsageError
+from lightning_danns.initialization import Inhibition
 from lightning_danns.layers.dann import DANN, at_least_float32
 
 Pair = int | tuple[int, int]
@@ -43,7 +43,8 @@ class DANNConv2d(DANN):
         kernel_size, stride, padding, dilation, groups: as in `torch.nn.Conv2d`.
         divisive: whether inhibition also divides.
         bias: whether to add ``b``.
-        inhibition: see `DANNLinear`.
+        inhibition, balanced: see `DANNLinear`. Totals are over a group's channels and the kernel; balance is not exact
+            at zero-padded borders, where a part of the kernel sees nothing.
         device, dtype: as in `torch.nn.Conv2d`.
 
     Attributes:
@@ -84,7 +85,8 @@ class DANNConv2d(DANN):
         *,
         divisive: bool = True,
         bias: bool = True,
-        inhibition: Literal["mean", "iid"] = "mean",
+        inhibition: Inhibition | None = None,
+        balanced: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -106,7 +108,7 @@ class DANNConv2d(DANN):
         self.in_channels, self.kernel_size, self.stride, self.dilation = in_channels, kernel, step, spread
         self.padding: tuple[int, int] | str = padding if isinstance(padding, str) else _pair(padding)
         shape = (in_channels // groups, *kernel)
-        super().__init__(shape, ne, ni, divisive, bias, "rectified", inhibition, device, dtype, groups)
+        super().__init__(shape, ne, ni, divisive, bias, "rectified", inhibition, balanced, device, dtype, groups)
 
     def _refuse_misfit(self, x: Tensor) -> None:
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:

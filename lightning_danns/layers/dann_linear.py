@@ -1,6 +1,6 @@
 """The dense layer of Dale's ANNs."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_danns.errors import UsageError
-from lightning_danns.initialization import Inputs
+from lightning_danns.initialization import Inhibition, Inputs
 from lightning_danns.layers.dann import DANN, EPS, at_least_float32, without_autocast
 
 
@@ -40,13 +40,18 @@ class DANNLinear(DANN):
         bias: whether to add ``b``.
         inputs: ``"rectified"`` (the ReLU output of a layer below) or ``"pixels"`` (values in [0, 1]); sets the
             scale of the first weights.
-        inhibition: ``"mean"`` starts Wei at 1/ni; ``"iid"`` draws Wix and Wei independently.
+        inhibition: how inhibition starts. ``"mean"``, as published: Wei at 1/ni, Wix drawn like Wex; ``"iid"``: both
+            drawn independently; ``"groups"``: Wix the mean rows of ni random groups of units, so that Wei Wix is
+            exactly the mean row of Wex. Not given: ``"groups"`` if balanced, otherwise ``"mean"``.
+        balanced: whether each unit's total inhibition is kept equal to its total excitation: every row of
+            Wex - Wei Wix sums to 0, so that an input that is the same everywhere is cancelled exactly. `project_` and
+            `DaleProjection` do it after each step, by scaling the rows of Wei.
         device, dtype: as in `torch.nn.Linear`.
 
     Attributes:
         Wex: (ne, d), starts exponential with mean s.
         Wix: (ni, d), starts exponential with mean s; the mean row of Wex if ni = 1.
-        Wei: (ne, ni), starts at 1/ni.
+        Wei: (ne, ni), starts at 1/ni, or at the share of its group's units; rows are scaled if balanced.
         alpha: (ni,), starts at log √((2π - 1)/d); None without division.
         g: (ne,), starts at 1; None without division.
         b: (ne,), starts at 0; None without bias.
@@ -79,13 +84,14 @@ class DANNLinear(DANN):
         divisive: bool = True,
         bias: bool = True,
         inputs: Inputs = "rectified",
-        inhibition: Literal["mean", "iid"] = "mean",
+        inhibition: Inhibition | None = None,
+        balanced: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if in_features < 1:
             raise UsageError(f"in_features={in_features}: a layer needs at least one input")
-        super().__init__((in_features,), ne, ni, divisive, bias, inputs, inhibition, device, dtype)
+        super().__init__((in_features,), ne, ni, divisive, bias, inputs, inhibition, balanced, device, dtype)
 
     def _refuse_misfit(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.d or not x.is_floating_point():

@@ -1,14 +1,15 @@
 """The experiments: which network of which layers, as LightningModules with flat, serialisable arguments."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lightning_danns.errors import UsageError
+from lightning_danns.initialization import Inhibition
 from lightning_danns.layers import ColumnEILinear
 from lightning_danns.modules.base import ImageClassifier
-from lightning_danns.networks import ColumnEIFamily, DANNFamily, Norm, StandardFamily, cnn, mlp, vgg
+from lightning_danns.networks import ColumnEIFamily, DANNFamily, Norm, Shortcut, StandardFamily, cnn, mlp, resnet, vgg
 
 
 class DANNMLP(ImageClassifier):
@@ -18,6 +19,8 @@ class DANNMLP(ImageClassifier):
         hidden_sizes: excitatory units of each hidden layer.
         ni: interneurons, one number for every hidden layer or one each; a tenth of the units if not given.
         divisive: whether inhibition divides as well as subtracts.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        inhibition: how inhibition starts (`DANNLinear`).
         kwargs: see `ImageClassifier`.
 
     Example:
@@ -34,10 +37,14 @@ class DANNMLP(ImageClassifier):
         hidden_sizes: Sequence[int] = (500, 500, 500),
         ni: int | list[int] | None = None,
         divisive: bool = True,
+        balanced: bool = False,
+        inhibition: Inhibition | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, DANNFamily(divisive), ni)
+        self.network = mlp(
+            self.input_shape, hidden_sizes, self.num_classes, DANNFamily(divisive, balanced, inhibition), ni
+        )
 
 
 class MLP(ImageClassifier):
@@ -45,7 +52,7 @@ class MLP(ImageClassifier):
 
     Args:
         hidden_sizes: units of each hidden layer.
-        norm: normalisation of the hidden layers: ``"none"``, ``"layer"`` or ``"batch"``.
+        norm: normalisation of the hidden layers: ``"none"``, ``"layer"``, ``"batch"`` or ``"centred"`` (`Norm`).
         kwargs: see `ImageClassifier`.
     """
 
@@ -63,6 +70,8 @@ class ColumnEIMLP(ImageClassifier):
         hidden_sizes: units of each hidden layer, excitatory and inhibitory together (550 = 500 + 50).
         ratio: excitatory units for each inhibitory one.
         pixel_mean: mean pixel in [0, 1]; taken from the data module when the first fit starts if not given.
+        balanced: whether the inhibitory weights onto each unit are kept equal in sum to its excitatory ones, in every
+            layer that has inhibitory inputs (all but the first).
         kwargs: see `ImageClassifier`.
     """
 
@@ -73,10 +82,11 @@ class ColumnEIMLP(ImageClassifier):
         hidden_sizes: Sequence[int] = (550, 550, 550),
         ratio: int = 10,
         pixel_mean: float | None = None,
+        balanced: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, ColumnEIFamily(ratio))
+        self.network = mlp(self.input_shape, hidden_sizes, self.num_classes, ColumnEIFamily(ratio, balanced))
         # saved with the weights, so that a trained network is never centred again; a float, which can be averaged
         self.register_buffer("centred", torch.tensor(0.0))
         if pixel_mean is not None:
@@ -113,6 +123,8 @@ class DANNConvNet(ImageClassifier):
         conv_ni: interneurons of each convolution, one number or one each; a tenth of the channels if not given.
         ni: the same for the hidden dense layers.
         divisive: whether inhibition divides as well as subtracts.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        inhibition: how inhibition starts (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
 
@@ -123,12 +135,20 @@ class DANNConvNet(ImageClassifier):
         conv_ni: int | list[int] | None = None,
         ni: int | list[int] | None = None,
         divisive: bool = True,
+        balanced: bool = False,
+        inhibition: Inhibition | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         blocks = [[n] for n in channels]
         self.network = cnn(
-            self.input_shape, blocks, hidden_sizes, self.num_classes, DANNFamily(divisive), conv_ni=conv_ni, ni=ni
+            self.input_shape,
+            blocks,
+            hidden_sizes,
+            self.num_classes,
+            DANNFamily(divisive, balanced, inhibition),
+            conv_ni=conv_ni,
+            ni=ni,
         )
 
 
@@ -137,7 +157,7 @@ class ConvNet(ImageClassifier):
 
     Args:
         channels, hidden_sizes: see `DANNConvNet`.
-        norm: ``"none"`` or ``"batch"``.
+        norm: ``"none"``, ``"group"``, ``"batch"`` or ``"centred"`` (`Norm`).
         kwargs: see `ImageClassifier`.
     """
 
@@ -145,7 +165,7 @@ class ConvNet(ImageClassifier):
         self,
         channels: Sequence[int] = (32, 64),
         hidden_sizes: Sequence[int] = (256,),
-        norm: Literal["none", "batch"] = "none",
+        norm: Norm = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -160,12 +180,24 @@ class DANNVGG(ImageClassifier):
         depth: 16 or 19 layers.
         dropout: probability of dropping a hidden dense unit.
         divisive: whether inhibition divides as well as subtracts.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        inhibition: how inhibition starts (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
 
-    def __init__(self, depth: int = 16, dropout: float = 0.5, divisive: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        depth: int = 16,
+        dropout: float = 0.5,
+        divisive: bool = True,
+        balanced: bool = False,
+        inhibition: Inhibition | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.network = vgg(depth, self.input_shape, self.num_classes, DANNFamily(divisive), dropout)
+        self.network = vgg(
+            depth, self.input_shape, self.num_classes, DANNFamily(divisive, balanced, inhibition), dropout
+        )
 
 
 class VGG(ImageClassifier):
@@ -174,12 +206,51 @@ class VGG(ImageClassifier):
     Args:
         depth: 16 or 19 layers.
         dropout: probability of dropping a hidden dense unit.
-        norm: ``"none"`` or ``"batch"`` (after every hidden layer).
+        norm: ``"none"``, ``"group"``, ``"batch"`` or ``"centred"`` (`Norm`).
+        kwargs: see `ImageClassifier`.
+    """
+
+    def __init__(self, depth: int = 16, dropout: float = 0.5, norm: Norm = "none", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.network = vgg(depth, self.input_shape, self.num_classes, StandardFamily(norm), dropout)
+
+
+class DANNResNet(ImageClassifier):
+    """Residual network of Dale's ANN layers; interneurons a tenth of the channels.
+
+    Args:
+        depth: 20, 32 or 56 (for 32 x 32 pixels), 18, 34 or 50 (for larger images).
+        shortcut: where a block adds its input: ``"after"`` its last ReLU or ``"before"`` it (`ResidualBlock`).
+        divisive: whether inhibition divides as well as subtracts.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        inhibition: how inhibition starts (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
 
     def __init__(
-        self, depth: int = 16, dropout: float = 0.5, norm: Literal["none", "batch"] = "none", **kwargs: Any
+        self,
+        depth: int = 20,
+        shortcut: Shortcut = "after",
+        divisive: bool = True,
+        balanced: bool = False,
+        inhibition: Inhibition | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.network = vgg(depth, self.input_shape, self.num_classes, StandardFamily(norm), dropout)
+        family = DANNFamily(divisive, balanced, inhibition)
+        self.network = resnet(depth, self.input_shape, self.num_classes, family, shortcut)
+
+
+class ResNet(ImageClassifier):
+    """The control of `DANNResNet`: the same graph of ordinary layers, He-normal weights, zero biases.
+
+    Args:
+        depth: see `DANNResNet`.
+        shortcut: see `DANNResNet`; ``"before"`` is the usual place.
+        norm: ``"none"``, ``"group"``, ``"batch"`` or ``"centred"`` (`Norm`).
+        kwargs: see `ImageClassifier`.
+    """
+
+    def __init__(self, depth: int = 20, shortcut: Shortcut = "before", norm: Norm = "batch", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.network = resnet(depth, self.input_shape, self.num_classes, StandardFamily(norm), shortcut)
