@@ -1,7 +1,8 @@
 """Networks as sequences of layers: one builder per architecture, one family of layers per kind of unit.
 
 An architecture (`mlp`, `cnn`, `resnet`) knows sizes and order; a family (`DANNFamily`, `StandardFamily`,
-`ColumnEIFamily`) knows which layers stand for "n units that see d inputs". Any architecture can be built of any family that has its layers.
+`ColumnEIFamily`) knows which layers stand for "n units that see d inputs". Any architecture can be built of any family
+that has its layers.
 """
 
 import math
