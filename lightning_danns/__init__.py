@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_danns.callbacks import CosineStepControl as CosineStepControl
+    from lightning_danns.callbacks import DaleDiagnostics as DaleDiagnostics
     from lightning_danns.callbacks import DaleProjection as DaleProjection
+    from lightning_danns.callbacks import FisherMonitor as FisherMonitor
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
-    from lightning_danns.callbacks import ReplicaCheckpoint as ReplicaCheckpoint
+    from lightning_danns.callbacks import Unfreeze as Unfreeze
     from lightning_danns.convert import daleify as daleify
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
@@ -25,32 +27,69 @@ if TYPE_CHECKING:
     from lightning_danns.modules import DANNVGG as DANNVGG
     from lightning_danns.modules import MLP as MLP
     from lightning_danns.modules import VGG as VGG
+    from lightning_danns.modules import Classification as Classification
     from lightning_danns.modules import ColumnEIMLP as ColumnEIMLP
     from lightning_danns.modules import ConvNet as ConvNet
+    from lightning_danns.modules import DaleLightningModule as DaleLightningModule
     from lightning_danns.modules import DANNConvNet as DANNConvNet
     from lightning_danns.modules import DANNResNet as DANNResNet
     from lightning_danns.modules import ImageClassifier as ImageClassifier
-    from lightning_danns.modules import ReplicatedClassifier as ReplicatedClassifier
+    from lightning_danns.modules import Regression as Regression
     from lightning_danns.modules import ResNet as ResNet
-    from lightning_danns.monitoring import DaleDiagnostics as DaleDiagnostics
-    from lightning_danns.monitoring import FisherMonitor as FisherMonitor
+    from lightning_danns.modules import Task as Task
     from lightning_danns.optim import DiagonalNGD as DiagonalNGD
+    from lightning_danns.optim import Sequential as Sequential
+    from lightning_danns.optim import WarmupCosine as WarmupCosine
     from lightning_danns.optim import fisher_param_groups as fisher_param_groups
     from lightning_danns.optim import fisher_ratios as fisher_ratios
     from lightning_danns.optim import measured_factors as measured_factors
+    from lightning_danns.replicas import ReplicatedClassifier as ReplicatedClassifier
+    from lightning_danns.testing import assert_dale as assert_dale
 
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "layers": ("ColumnEILinear", "DANNConv2d", "DANNLinear", "DaleModule", "project_"),
-    "optim": ("DiagonalNGD", "fisher_param_groups", "fisher_ratios", "measured_factors"),
-    "callbacks": ("CosineStepControl", "DaleProjection", "LayerGradientClipping", "ReplicaCheckpoint"),
-    "monitoring": ("DaleDiagnostics", "FisherMonitor"),
-    "modules": (
-        *("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNResNet", "DANNVGG"),
-        *("ImageClassifier", "MLP", "ReplicatedClassifier", "ResNet", "VGG"),
+    "layers": (
+        "ColumnEILinear",
+        "DANNConv2d",
+        "DANNLinear",
+        "DaleModule",
+        "project_",
     ),
-    "convert": ("daleify",),
+    "optim": (
+        "DiagonalNGD",
+        "Sequential",
+        "WarmupCosine",
+        "fisher_param_groups",
+        "fisher_ratios",
+        "measured_factors",
+    ),
+    "callbacks": (
+        "CosineStepControl",
+        "DaleDiagnostics",
+        "DaleProjection",
+        "FisherMonitor",
+        "LayerGradientClipping",
+        "Unfreeze",
+    ),
+    "modules": (
+        "Classification",
+        "ColumnEIMLP",
+        "ConvNet",
+        "DANNConvNet",
+        "DANNMLP",
+        "DANNResNet",
+        "DANNVGG",
+        "DaleLightningModule",
+        "ImageClassifier",
+        "MLP",
+        "Regression",
+        "ResNet",
+        "Task",
+        "VGG",
+    ),
+    "replicas": ("ReplicatedClassifier"),
+    "convert": ("daleify"),
     "data": (
         "CIFAR10DataModule",
         "FashionMNISTDataModule",
@@ -59,7 +98,8 @@ _ROOMS = {
         "MNIST5kDataModule",
         "MNISTDataModule",
     ),
-    "errors": ("UsageError",),
+    "errors": ("UsageError"),
+    "testing": ("assert_dale"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

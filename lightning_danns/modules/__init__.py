@@ -1,6 +1,6 @@
-"""LightningModules: the experiments of this package, and the base of yours."""
+"""LightningModules: the base under Dale's principle, tasks on it, and the experiments of this package."""
 
-from lightning_danns.modules.base import ImageClassifier
+from lightning_danns.modules.base import DaleLightningModule
 from lightning_danns.modules.models import (
     DANNMLP,
     DANNVGG,
@@ -12,18 +12,21 @@ from lightning_danns.modules.models import (
     DANNResNet,
     ResNet,
 )
-from lightning_danns.modules.replicated import ReplicatedClassifier
+from lightning_danns.modules.tasks import Classification, ImageClassifier, Regression, Task
 
 __all__ = [
     "DANNMLP",
     "DANNVGG",
     "MLP",
     "VGG",
+    "Classification",
     "ColumnEIMLP",
     "ConvNet",
     "DANNConvNet",
     "DANNResNet",
+    "DaleLightningModule",
     "ImageClassifier",
-    "ReplicatedClassifier",
+    "Regression",
     "ResNet",
+    "Task",
 ]

@@ -8,7 +8,7 @@ import torch
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inhibition
 from lightning_danns.layers import ColumnEILinear
-from lightning_danns.modules.base import ImageClassifier
+from lightning_danns.modules.tasks import ImageClassifier
 from lightning_danns.networks import ColumnEIFamily, DANNFamily, Norm, Shortcut, StandardFamily, cnn, mlp, resnet, vgg
 
 

@@ -1,51 +1,58 @@
-"""Fisher corrections as parameter groups: each group's learning rate is the base rate times its ``lr_scale``.
+"""Parameter groups that carry learning-rate factors: a group's rate is its base rate times its ``lr_scale``.
 
-The factors ask that a step in each kind of parameter changes the output distribution about equally.
+    lr of a group = lr_scale * rate of its base * lr of the optimizer * what a scheduler makes of it
+
+The factors ask that a step in each kind of parameter changes the output distribution about equally. Groups of one base
+must therefore keep the ratios of their rates, whatever the rate of the base is.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-import torch
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler, SequentialLR
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers.dale import dale_layers
+from lightning_danns.optim.corrections import factors_of
 
-Correction = Literal["fisher", "none"]
 Groups = list[dict[str, Any]]
-
-KEEPS_RATIOS = (
-    "StepLR, MultiStepLR, ExponentialLR, LinearLR, ConstantLR, PolynomialLR, LambdaLR with one function, "
-    "CosineAnnealingLR with eta_min=0, ReduceLROnPlateau with eps=0, or a SequentialLR of these"
-)
 
 
 def fisher_param_groups(
-    model: nn.Module, correction: Correction | Mapping[str, float] = "fisher", *, lr: float | None = None
+    model: nn.Module,
+    correction: Any = "fisher",
+    *,
+    lr: float | None = None,
+    rates: Mapping[str, float] | None = None,
+    weight_decay: float | None = None,
 ) -> Groups:
-    """Parameter groups that carry the learning-rate factors which the layers of ``model`` declare.
+    """Parameter groups with the learning-rate factors of ``correction``.
 
-    All parameters of factor 1, and all of layers outside the contract (`DaleModule`), form the group ``"base"``;
-    every other parameter, and each that you name, is a group of its own, named like the parameter. Frozen parameters
-    are in none.
+    Every parameter with a factor other than 1, and each that the correction names, is a group of its own, named like
+    the parameter. The others form the group ``"base"``, or one for each base rate. Frozen parameters are in none.
 
     Args:
         model: any module.
-        correction: ``"fisher"``, the factors of the layers; ``"none"``, factor 1 for all; or your own factors
-            by qualified parameter name (`measured_factors` gives some), 1 for those not named.
-        lr: base learning rate. With it each group's ``lr`` is ``lr * lr_scale`` and the groups are ready for any
-            torch optimizer. Without it they carry no ``lr``: use `scale_learning_rates_` on the optimizer.
+        correction: ``"fisher"``, the factors that the layers declare; ``"none"``; a function from a model to factors
+            by qualified parameter name; or such factors (`lightning_danns.optim.corrections`).
+        lr: base learning rate; the groups are then ready for any torch optimizer. Without it they carry no ``lr``, and
+            `fisher_optimizer` scales that of the optimizer.
+        rates: for parameters whose name starts with a key, the rate of their base relative to ``lr``: a body that
+            learns a tenth as fast as its head is ``{"body": 0.1}``. The longest key counts.
+        weight_decay: decay of weights alone (parameters with two dimensions or more); 0 for all others. Not given:
+            that of the optimizer for all.
 
     Returns:
-        Groups with the keys ``name``, ``params``, ``lr_scale`` (and ``lr``).
+        Groups with the keys ``name``, ``params``, ``lr_scale``, ``signed`` (names of those of its parameters that must
+        stay non-negative), ``base`` (the key of ``rates``), and ``base_rate``, ``lr``, ``weight_decay`` where given.
 
     Raises:
-        UsageError: unknown correction or parameter name, a factor that is not positive, or a parameter shared by
-            layers that declare different factors for it.
+        UsageError: unknown correction or name, a factor or rate that is not positive and finite, a parameter shared by
+            layers that declare different factors for it, or nothing to train.
 
     Example:
         >>> from lightning_danns import DANNLinear
@@ -55,61 +62,48 @@ def fisher_param_groups(
         >>> round(groups[2]["lr"] * 784, 6)
         0.1
     """
-    factors = _factors(model, correction)
-    named = correction if isinstance(correction, Mapping) else {}
-    base: dict[str, Any] = {"name": "base", "params": [], "lr_scale": 1.0}
-    groups: Groups = [base]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = {parameters[name]: factor for name, factor in factors_of(model, correction).items()}
+    signed = {parameter for _, layer in dale_layers(model) for _, parameter in layer.nonnegative_parameters()}
+    rates = _checked_rates(rates or {}, parameters)
+    groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = factors.get(parameter, 1.0)
-        if factor == 1 and name not in named:
-            base["params"].append(parameter)
-        else:
-            groups.append({"name": name, "params": [parameter], "lr_scale": factor})
-    groups = [group for group in groups if group["params"]]
+        factor, base = named.get(parameter, 1.0), _base_of(name, rates)
+        decay = {} if weight_decay is None else {"weight_decay": weight_decay if parameter.dim() > 1 else 0.0}
+        group = name
+        if factor == 1 and parameter not in named:
+            group = (base or "base") + ("/no decay" if 0.0 in decay.values() else "")
+        rate = {"base_rate": rates[base]} if base else {}
+        new = {"name": group, "params": [], "lr_scale": factor, "signed": [], "base": base}
+        of_this = groups.setdefault(group, {**new, **rate, **decay})
+        of_this["params"].append(parameter)
+        if parameter in signed:
+            of_this["signed"].append(name)
     if not groups:
         raise UsageError(f"{type(model).__name__} has no trainable parameter")
     if lr is not None:
-        for group in groups:
-            group["lr"] = lr * group["lr_scale"]
-    return groups
+        for group_ in groups.values():
+            group_["lr"] = lr * group_.get("base_rate", 1.0) * group_["lr_scale"]
+    return list(groups.values())
 
 
-def _factors(model: nn.Module, correction: Correction | Mapping[str, float]) -> dict[nn.Parameter, float]:
-    """The factor of each parameter that has one."""
-    named: list[tuple[str, nn.Parameter, float]] = []
-    if isinstance(correction, Mapping):
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        for name, factor in correction.items():
-            if name not in parameters:
-                raise UsageError(f"correction names {name!r}, which is not a parameter of the model")
-            named.append((name, parameters[name], factor))
-    elif correction == "fisher":
-        for layer_name, layer in dale_layers(model):
-            own = dict(layer.named_parameters(recurse=False))
-            for name, factor in layer.lr_factors().items():
-                if name not in own:
-                    raise UsageError(
-                        f"{type(layer).__name__}.lr_factors() names {name!r}; the layer's own parameters are "
-                        f"{', '.join(own)}"
-                    )
-                named.append((f"{layer_name}.{name}", own[name], factor))
-            # a factor left out is 1, which a layer sharing the parameter may contradict
-            named += [(f"{layer_name}.{n}", p, 1.0) for n, p in own.items() if n not in layer.lr_factors()]
-    elif correction != "none":
-        raise UsageError(f"correction={correction!r}: choose 'fisher', 'none', or factors by parameter name")
+def _checked_rates(rates: Mapping[str, float], parameters: Mapping[str, Any]) -> Mapping[str, float]:
+    for prefix, rate in rates.items():
+        if not any(_within(name, prefix) for name in parameters):
+            raise UsageError(f"rates names {prefix!r}, with which no parameter's name starts")
+        if not 0 < rate < math.inf:
+            raise UsageError(f"rates[{prefix!r}]={rate}: a rate relative to lr must be positive and finite")
+    return rates
 
-    factors: dict[nn.Parameter, float] = {}
-    for name, parameter, factor in named:
-        if not factor > 0 or factor == float("inf"):
-            raise UsageError(f"learning-rate factor of {name} is {factor}; it must be positive and finite")
-        if factors.setdefault(parameter, factor) != factor:
-            raise UsageError(
-                f"{name} is shared by layers that want different learning-rate factors for it: "
-                f"{factors[parameter]:.4g} and {factor:.4g}"
-            )
-    return factors
+
+def _base_of(name: str, rates: Mapping[str, float]) -> str:
+    return max((prefix for prefix in rates if _within(name, prefix)), key=len, default="")
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
 
 
 def group_of_parameters(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, Any]]:
@@ -117,150 +111,89 @@ def group_of_parameters(optimizer: Optimizer) -> dict[nn.Parameter, dict[str, An
     return {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _of_one_base(optimizer: Optimizer) -> Iterator[Groups]:
-    """The groups that share a base rate: all, unless replicas have some of their own (``base_lr``)."""
-    bases: dict[float | None, Groups] = {}
-    for group in optimizer.param_groups:
-        bases.setdefault(group.get("base_lr"), []).append(group)
-    yield from bases.values()
-
-
-def scale_learning_rates_(optimizer: Optimizer) -> None:
-    """Multiply each group's learning rate by its ``lr_scale``. Call it once, before a scheduler is built.
-
-    Raises:
-        UsageError: the groups have no learning rate, one that is not finite, or different ones, as after a first call.
-    """
-    name = type(optimizer).__name__
-    if not all("lr" in group for group in optimizer.param_groups):
-        raise UsageError(f"{name} has no learning rate lr, which the learning-rate factors could scale")
-    for groups in _of_one_base(optimizer):
-        rates = {float(group["lr"]) for group in groups}
-        if not all(0 <= rate < math.inf for rate in rates):
-            raise UsageError(f"learning rate lr={max(rates)} of {name}: it must be finite and at least 0")
-        if len(rates) > 1:
-            raise UsageError(
-                f"learning rates of {name} from {min(rates):.4g} to {max(rates):.4g}: the groups must have one base "
-                "rate, to which the factors are applied once (by fisher_param_groups(lr=...), scale_learning_rates_ or "
-                "fisher_optimizer)"
-            )
-    for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * group["lr_scale"]  # not in place: groups may share one tensor
-
-
-def change_factors_(optimizer: Optimizer, factors: Mapping[str, float], schedulers: Sequence[Any] = ()) -> None:
-    """Give the groups named in ``factors`` other factors while training goes on: rates move, and what ``schedulers``
-    remember of their start moves with them."""
-    groups = {group["name"]: group for group in optimizer.param_groups}
-    for name, factor in factors.items():
-        if name not in groups:  # a shared parameter's second name
-            continue
-        change = factor / groups[name]["lr_scale"]
-        groups[name]["lr_scale"] = factor
-        for rate in ("lr", "initial_lr"):
-            if rate in groups[name]:
-                groups[name][rate] = groups[name][rate] * change
-    remembering = list(schedulers)
-    while remembering:
-        scheduler = remembering.pop()
-        remembering += getattr(scheduler, "_schedulers", [])  # of SequentialLR and ChainedScheduler
-        if hasattr(scheduler, "base_lrs"):
-            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
-
-
 def fisher_optimizer(factory: Callable[[Groups], Optimizer], groups: Groups) -> Optimizer:
-    """The optimizer that ``factory`` makes of ``groups``, its base learning rate scaled group by group.
+    """The optimizer that ``factory`` makes of ``groups``; rates of groups that had none are scaled by their factors.
 
     Raises:
-        UsageError: the optimizer does not take parameter groups (LBFGS), refuses its settings, or was not built of the
-            groups.
+        UsageError: the optimizer does not take parameter groups (LBFGS), refuses its settings, was not built of the
+            groups, or has no learning rate that is finite and at least 0.
     """
+    unscaled = [group["name"] for group in groups if "lr" not in group]
     try:
         optimizer = factory(groups)
     except (ValueError, TypeError) as error:
         raise UsageError(
             f"the optimizer refuses its settings: {error}. (The learning-rate factors need one that takes parameter "
-            "groups, such as SGD or Adam, or correction='none'.)"
+            "groups, such as SGD or Adam.)"
         ) from error
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"optimizer made a {type(optimizer).__name__}: give a torch optimizer such as SGD or Adam")
     if not all("lr_scale" in group for group in optimizer.param_groups):
         raise UsageError("the optimizer must be built of the parameter groups it is given, which hold the factors")
-    scale_learning_rates_(optimizer)
+    for group in optimizer.param_groups:
+        # a checkpoint with NumPy's numbers does not load as weights alone
+        group.update({key: value.item() for key, value in group.items() if isinstance(value, np.generic)})
+        rate = group.get("lr")
+        if rate is None or not 0 <= float(rate) < math.inf:
+            raise UsageError(
+                f"{type(optimizer).__name__} has learning rate lr={rate}: the factors scale one that is finite and at "
+                "least 0"
+            )
+        if group["name"] in unscaled:
+            group["lr"] = rate * group.get("base_rate", 1.0) * group["lr_scale"]  # not in place: groups may share it
+    require_factors(optimizer, f"{type(optimizer).__name__} or the function that made it")
     return optimizer
 
 
-def require_factors(optimizer: Optimizer, culprit: str) -> None:
-    """Refuse learning rates that are no longer one base rate times each group's ``lr_scale``.
+def change_factors_(optimizer: Optimizer, factors: Mapping[str, float], schedulers: Sequence[Any] = ()) -> None:
+    """Give the groups named in ``factors`` other factors while training goes on: rates move, and what ``schedulers``
+    remember of their start moves with them."""
+    for group in optimizer.param_groups:
+        if group["name"] in factors:
+            change = factors[group["name"]] / group["lr_scale"]
+            group["lr_scale"] = factors[group["name"]]
+            for rate in ("lr", "initial_lr"):
+                if rate in group:
+                    group[rate] = group[rate] * change
+    remembering = list(schedulers)
+    while remembering:
+        scheduler = remembering.pop()
+        if type(scheduler) in (SequentialLR, ChainedScheduler):
+            raise UsageError(
+                f"factors cannot change under torch's {type(scheduler).__name__}, which hides its parts: use "
+                "lightning_danns.Sequential"
+            )
+        remembering += getattr(scheduler, "schedulers", [])
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
-    An optimizer without any ``lr_scale`` is somebody's own and passes. Groups of replicas with another ``base_lr`` of
-    their own are compared among themselves.
+
+def groups_of_one_base(optimizer: Optimizer) -> Iterator[Groups]:
+    """The groups with factors, base by base."""
+    bases: dict[str, Groups] = {}
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            bases.setdefault(group.get("base", ""), []).append(group)
+    yield from bases.values()
+
+
+def require_factors(optimizer: Optimizer, culprit: str) -> None:
+    """Refuse learning rates that are no longer the rate of their base times each group's ``lr_scale``.
+
+    Groups without ``lr_scale`` are somebody's own and pass.
 
     Raises:
         UsageError: names ``culprit``, the two groups that differ most, and what to use instead.
     """
-    groups = optimizer.param_groups
-    if not any("lr_scale" in group for group in groups):
-        return
-    if not all("lr_scale" in group for group in groups):
-        raise UsageError(
-            f"{culprit} added a parameter group without learning-rate factors: make it with "
-            "fisher_param_groups(layer, lr=...)"
-        )
-    for ours in _of_one_base(optimizer):
-        rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in ours]
+    for groups in groups_of_one_base(optimizer):
+        rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in groups]
         high, high_name = max(rates)
         for low, low_name in sorted(rates):
             # below 1e-30 rates have decayed to nothing, and lose digits; a NaN is equal to none
             if not high - low <= max(1e-6 * abs(high), 1e-30):
                 raise UsageError(
                     f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in "
-                    f"group {low_name!r} but {high:.4g} in {high_name!r}. Use a scheduler that multiplies rates "
-                    f"({KEEPS_RATIOS}), or correction='none'"
+                    f"group {low_name!r} but {high:.4g} in {high_name!r}. Scale the base rate instead: "
+                    "lightning_danns.WarmupCosine (with a floor relative to lr) and most torch schedulers (StepLR, "
+                    "ExponentialLR, LinearLR, CosineAnnealingLR with eta_min=0) do; or use correction='none'"
                 )
-
-
-def rehearse_scheduler(factory: Callable[[Optimizer], Any], optimizer: Optimizer, steps: int = 1000) -> None:
-    """Run the scheduler on a stand-in for ``optimizer`` and refuse it if the learning-rate factors do not survive.
-
-    A scheduler that sets absolute rates (OneCycleLR, CyclicLR, a positive eta_min or min_lr) would otherwise undo
-    the factors without a word, perhaps hours into a run.
-
-    Args:
-        factory: makes the scheduler of an optimizer.
-        optimizer: as `fisher_optimizer` returns it; only its type, defaults and rates are read.
-        steps: how many scheduler steps to look ahead.
-
-    Raises:
-        UsageError: see `require_factors`.
-    """
-    if len(optimizer.param_groups) == 1:
-        return
-    stand_in = _StandIn(optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scheduler = factory(stand_in)
-        name = type(scheduler).__name__
-        require_factors(stand_in, name)
-        plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        for _ in range(steps):
-            stand_in.step()
-            try:
-                scheduler.step(1.0) if plateau else scheduler.step()
-            except ValueError:  # schedulers of a fixed length refuse further steps
-                return
-            require_factors(stand_in, name)
-
-
-class _StandIn(Optimizer):
-    """An optimizer with another's groups and options, over parameters of one number each."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        groups = [
-            {**{k: v for k, v in group.items() if k != "params"}, "params": [nn.Parameter(torch.zeros(()))]}
-            for group in optimizer.param_groups
-        ]
-        super().__init__(groups, dict(optimizer.defaults))
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Schedulers expect a step between theirs."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from lightning_danns.monitoring import DaleDiagnostics
 from pytorch_lightning.core.hooks import DataHooks, ModelHooks
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -18,7 +19,6 @@ from lightning_danns.callbacks import ReplicaCheckpoint, ReplicaProjection
 from lightning_danns.checkpoints import AtomicCheckpointIO
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.base import ImageClassifier, metric_names
-from lightning_danns.monitoring import DaleDiagnostics
 from lightning_danns.optim import fisher_optimizer, fisher_param_groups
 
 STEPS = (

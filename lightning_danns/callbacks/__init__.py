@@ -1,0 +1,14 @@
+"""What acts and watches while a Trainer runs."""
+
+from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
+from lightning_danns.callbacks.projection import DaleProjection
+from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping, Unfreeze
+
+__all__ = [
+    "CosineStepControl",
+    "DaleDiagnostics",
+    "DaleProjection",
+    "FisherMonitor",
+    "LayerGradientClipping",
+    "Unfreeze",
+]
