@@ -15,25 +15,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_danns.errors import UsageError
 
 NOT_SAVED = "not_saved"
 
 
-def given(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of ``cls(*args, **kwargs)`` by name; none if they do not fit, which calling ``cls`` will say."""
-    try:
-        bound = inspect.signature(cls).bind(*args, **kwargs)
-    except TypeError:
-        return {}
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= value
-        else:
-            arguments[name] = value
-    return arguments
+def accepts(cls: type, name: str) -> bool:
+    """Whether ``cls(..., name=value)`` is possible: named in the signature, or passed on by its ``**kwargs``.
+
+    Where the source of ``cls`` cannot be read, ``**kwargs`` are taken to accept all.
+    """
+    named, passed_on, open_ended = _arguments(cls)
+    return name in named or name in passed_on or (open_ended and not passed_on)
+
+
+@functools.cache
+def _arguments(cls: type) -> tuple[set[str], set[str], bool]:
+    """Arguments in the signature; those that ``**kwargs`` pass on, as far as the source tells; whether it has any."""
+    parameters = inspect.signature(cls).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "of", fail_untyped=False)  # it follows super().__init__(**kwargs)
+    known = set(vars(parser.get_defaults().get("of") or Namespace()))
+    return set(parameters), known - set(parameters), open_ended
 
 
 def plain(value: Any) -> Any:
@@ -48,10 +54,9 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset | range):
         return [plain(item) for item in value]
-    made, init_args = value, {}
-    if isinstance(value, functools.partial):  # a parser's has the class among its arguments
-        made = next((part for part in (value.func, *value.args) if isinstance(part, type)), value.func)
-        init_args = plain(value.keywords)
+    made, init_args = direct(value), {}
+    if isinstance(made, functools.partial):
+        made, init_args = made.func, plain(made.keywords)
     path = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', '')}"
     try:
         importable = imported(path) is made
@@ -60,6 +65,15 @@ def plain(value: Any) -> Any:
     if not importable:
         return {NOT_SAVED: repr(value)}
     return {"class_path": path, **({"init_args": init_args} if init_args else {})}
+
+
+def direct(factory: Any) -> Any:
+    """The partial of a class itself, of a parser's partial that has the class among its arguments; else ``factory``."""
+    if isinstance(factory, functools.partial) and not isinstance(factory.func, type):
+        for part in factory.args:
+            if isinstance(part, type):
+                return functools.partial(part, **factory.keywords)
+    return factory
 
 
 def restored(value: Any) -> Any:

@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_danns.callbacks import DaleProjection, FisherMonitor
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
-from lightning_danns.modules.arguments import NOT_SAVED, given, plain, restored
+from lightning_danns.modules.arguments import NOT_SAVED, accepts, direct, plain, restored
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured, rehearse
 
 
@@ -40,11 +40,6 @@ class DaleLightningModule(pl.LightningModule):
     network: nn.Module
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("val_loss", "min")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        module = super().__new__(cls)  # here, because only here are the arguments of the concrete class all together
-        module.__dict__["given"] = given(cls, args, kwargs)
-        return module
-
     def __init__(
         self,
         # a lambda, because the command line reads the default from its source and shows it in config.yaml
@@ -55,7 +50,12 @@ class DaleLightningModule(pl.LightningModule):
         weight_decay: float | None = None,
     ) -> None:
         super().__init__()
-        self.hparams.update({name: plain(value) for name, value in self.__dict__.pop("given").items()})
+        self.save_hyperparameters(logger=False)
+        for name, value in list(self.hparams.items()):
+            if accepts(type(self), name):
+                self.hparams[name] = plain(value)
+            else:  # a subclass passes it on by itself, and could not be made with it
+                del self.hparams[name]
         self.optimizer_factory = _made(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
         self.lr_scheduler_factory = lr_scheduler and _made(lr_scheduler, "lr_scheduler", "partial(StepLR, step_size=9)")
         self.correction = correction_of(restored(correction))
@@ -115,7 +115,7 @@ def _made(factory: Any, name: str, example: str) -> Any:
     if isinstance(factory, Mapping) and NOT_SAVED in factory:
         rank_zero_warn(f"the checkpoint could not keep {name}={factory[NOT_SAVED]}: give it again, to train on")
         return lambda *args, **kwargs: _lost(name)
-    factory = restored(factory)
+    factory = direct(restored(factory))
     if not callable(factory):
         raise UsageError(f"{name}={factory!r}: give a function such as {example}")
     return factory
