@@ -248,7 +248,7 @@ def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
         name, handle = handles.pop(layer)
         handle.remove()
         x = next(iter((*args, *kwargs.values())), None)
-        if isinstance(x, Tensor) and not bool((x >= 0).all()):
+        if isinstance(x, Tensor) and bool((x < 0).any()):  # a NaN has no sign, and comes from weights that diverged
             raise UsageError(
                 f"layer {name!r} ({type(layer).__name__}) received an input of {float(x.detach().min()):.4g}, but "
                 "its inputs must be >= 0: give it pixels in [0, 1] (not normalised by mean and std) or the "

@@ -121,6 +121,7 @@ class Task(DaleLightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch(["train"])
+        super().on_train_epoch_end()
 
     def on_validation_epoch_end(self) -> None:
         loaders = self.trainer.val_dataloaders
