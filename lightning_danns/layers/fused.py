@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_danns.layers.dann import EPS, without_autocast
+from lightning_danns.layers.dale import without_autocast
+from lightning_danns.layers.dann import EPS
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding and dilation of a convolution."""
