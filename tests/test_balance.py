@@ -186,6 +186,15 @@ def test_infinite_and_missing_numbers_spread_to_no_other_unit(dtype):
     project_(layer)
     assert bool(layer.Wei.isfinite().all())
     assert not bool(imbalance(layer)[[0, 3, 4]].gt(0.01).any())
+    assert imbalances(layer) == {"": pytest.approx(float("nan"), nan_ok=True)}
+
+
+def test_a_layer_that_a_model_holds_twice_is_balanced_once():
+    layer = make("one interneuron", **float64)
+    model = nn.ModuleList([layer, nn.Sequential(layer)])
+    layer.Wei.data.mul_(3)
+    project_(model)
+    assert_balanced(layer, 1e-14)
 
 
 def test_without_balance_the_projection_is_a_plain_clamp_to_the_bit(kind):

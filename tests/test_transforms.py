@@ -201,5 +201,7 @@ def test_extremes_are_finite_and_equal_float64(kind, extreme, drives):
         assert torch.isfinite(value).all()
         if not own_eps:  # eps is 6e-5 there, 1e-8 here
             info = torch.finfo(drives)
-            atol = info.eps * (8 * float(expected.abs().max()) + 16 * info.tiny)  # tiny eps: the smallest number; sums over pixels
+            atol = info.eps * (
+                8 * float(expected.abs().max()) + 16 * info.tiny
+            )  # tiny eps: the smallest number; sums over pixels
             torch.testing.assert_close(value.double(), expected, rtol=0, atol=atol)

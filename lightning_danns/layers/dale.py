@@ -142,12 +142,12 @@ def project_(model: nn.Module) -> None:
 
     `DaleProjection` does this for Lightning; this function is for your own training loop.
     """
-    layers: list[DaleModule] = []
+    layers: dict[DaleModule, None] = {}  # a shared layer once: it would be balanced twice
     modules: list[nn.Module | None] = [model]
     while modules:  # model.modules() hashes each module, which torchmetrics makes slow
         module = modules.pop()
         if isinstance(module, DaleModule):
-            layers.append(module)
+            layers[module] = None
         if module is not None:
             modules += module._modules.values()
     signed: list[Tensor] = []
@@ -222,7 +222,7 @@ def imbalances(model: nn.Module) -> dict[str, float]:
     for name, layer in dale_layers(model):
         if layer.balanced and (of_units := imbalance(layer)) is not None:
             precision = max(torch.finfo(p.dtype).eps for p in layer.parameters(recurse=False))
-            if bool((of_units > math.sqrt(precision)).any()):
+            if not bool((of_units <= math.sqrt(precision)).all()):  # so that NaN counts
                 lost[name] = float(of_units.max())
     return lost
 
