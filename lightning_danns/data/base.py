@@ -111,6 +111,8 @@ class ResumableDataModule(pl.LightningDataModule):
         return loaders.get("val", [])
 
     def test_dataloader(self) -> DataLoader:
+        if self.test_set is None and self.train_set is not None:
+            raise UsageError(f"{type(self).__name__} finds no test data: use `validate`, and test_each_epoch=False")
         return BatchLoader(**self._loader_arguments(self.test_set))
 
     def predict_dataloader(self) -> DataLoader:

@@ -21,8 +21,9 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
     """
     mode = "L" if channels == 1 else "RGB"
     try:
-        with Image.open(path) as image:
-            image.load()
+        with Image.open(path) as file:
+            file.load()
+            image: Image.Image = file
             if image.mode.startswith("I"):
                 image = _to_8_bits(image)
             elif image.mode == "F":

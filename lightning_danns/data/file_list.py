@@ -5,8 +5,9 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -17,7 +18,8 @@ from lightning_danns.errors import UsageError
 CACHE = ".lightning_danns.npz"
 
 
-class FileList(NamedTuple):
+@dataclass(frozen=True)
+class FileList:
     """Files and their classes. Python objects for each would be copied into each worker, at 100 to 200 bytes a file.
 
     Attributes:
@@ -33,6 +35,9 @@ class FileList(NamedTuple):
     names: np.ndarray
     ends: np.ndarray
     labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends)
 
     def path(self, k: int) -> Path:
         """The file of sample k."""
@@ -61,7 +66,7 @@ def image_names(folder: Path, stamps: dict[str, np.ndarray] | None = None) -> It
     for directory, below, names in os.walk(folder, followlinks=True):
         if stamps is not None:
             stamps[directory] = _stamp(directory)
-        below.sort()
+        below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
                 yield os.path.join(directory, name)
@@ -90,7 +95,8 @@ def list_files(folder: Path) -> FileList:
     classes = class_names(folder)
     if (cached := _from_cache(folder, classes)) is not None:
         return cached
-    started, stamps = time.time_ns(), dict[str, np.ndarray]()
+    started = time.time_ns()
+    stamps: dict[str, np.ndarray] = {}
     files = pack(
         folder,
         classes,
@@ -107,11 +113,8 @@ def list_files(folder: Path) -> FileList:
         "times": times,
         **{key: getattr(files, key) for key in ("names", "ends", "labels")},
     }
-    try:
-        with replacing(folder / CACHE) as file:
-            np.savez(file, **arrays)
-    except OSError:
-        pass  # read-only or full
+    with suppress(OSError), replacing(folder / CACHE) as file:  # read-only or full
+        np.savez(file, **arrays)
     return files
 
 

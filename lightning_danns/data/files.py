@@ -5,9 +5,9 @@ made once, from torchvision's download or from an installed package; one put the
 internet. Reading a file executes nothing.
 """
 
-import os
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an .npz file; an interrupted write leaves no file behind."""
     make_folder(path.parent)
     try:
-        with replacing(path, partial=f".{path.name}.{os.getpid()}") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error}. Choose another folder") from error
@@ -82,7 +82,7 @@ def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int)
             arrays = {key: file[key] for key in KEYS}
     except UsageError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
         raise UsageError(
             f"data file {path} is not a readable .npz file ({error}): it may be cut off. Delete it and try again"
         ) from error

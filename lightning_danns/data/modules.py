@@ -96,6 +96,7 @@ class ImageDataModule(ResumableDataModule):
         test_each_epoch: bool = False,
     ) -> None:
         super().__init__(batch_size, num_workers, order_seed, test_each_epoch)
+        data_dir = str(data_dir)  # a checkpoint with a Path does not load
         if val_size is None:
             val_size = self.default_val_size
         if val_size < 0:
