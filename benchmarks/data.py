@@ -76,7 +76,10 @@ def main() -> None:
             loaders = {key: make(folder, workers) for key, make in makers.items()}
             for loader in loaders.values():
                 rate(loader)  # starts workers, warms the page cache
-            rounds = [{key: rate(loader) for key, loader in loaders.items()} for _ in range(arguments.rounds)]
+            rounds = []
+            for turn in range(arguments.rounds):
+                order = list(loaders) if turn % 2 else list(loaders)[::-1]
+                rounds.append({key: rate(loaders[key]) for key in order})
             theirs, ours = (statistics.median(one[key] for one in rounds) for key in makers)
             ratios = sorted(one["ours"] / one["torchvision"] for one in rounds)
             print(

@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 
 from lightning_danns import ImageFolderDataModule, ImageNetDataModule, UsageError
 from lightning_danns.data.batches import BatchIndex
-from lightning_danns.data.decode import UnreadableImageError, read_image
 from lightning_danns.data.file_list import CACHE, list_files, pack
+from lightning_danns.data.pixels import UnreadableImageError, read_image
 
 ASIS = {"train_transform": v2.Identity(), "eval_transform": v2.Identity()}
 
@@ -224,6 +224,7 @@ TO_FLOAT = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         ([*TO_FLOAT, v2.Normalize([0.5] * 3, [0.5] * 3), nn.Identity()], r"^Normalize\(.*makes pixels negative, down"),
         ([*TO_FLOAT, v2.GaussianNoise(sigma=2, clip=False)], r"^GaussianNoise\(.*negative.*scale=True"),
         ([v2.ToImage(), v2.ToDtype(torch.float32)], r"^ToDtype\(.*greater than 1, up to 2"),
+        ([*TO_FLOAT, v2.Lambda(torch.log), nn.Identity()], r"^Lambda\(.*makes pixels (negative|NaN)"),
         ([np.asarray], "gives a ndarray"),
         ([v2.ToImage(), v2.ToDtype(torch.int64)], r"gives torch\.int64"),
     ],

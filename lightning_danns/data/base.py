@@ -81,6 +81,11 @@ class ResumableDataModule(pl.LightningDataModule):
         if self.train_set is None:
             self.load()
 
+    def teardown(self, stage: str | None = None) -> None:
+        for dataset in (self.train_set, self.val_set, self.test_set):
+            if dataset is not None:
+                dataset.end_pass()  # the last may have been left early
+
     # Lightning restores a data module before configure_optimizers, which may ask for the loader, and its loaders after
     def state_dict(self) -> dict[str, Any]:
         """Where the training data are."""

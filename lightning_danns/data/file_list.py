@@ -2,8 +2,6 @@
 
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,8 +124,8 @@ def _from_cache(folder: Path, classes: list[str]) -> FileList | None:
         unchanged = np.array_equal(arrays["times"], [_stamp(folder / directory) for directory in directories])
         if unchanged and np.array_equal(arrays["classes"], _joined(classes)):
             return FileList(folder, classes, arrays["names"], arrays["ends"], arrays["labels"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
-        pass  # none, damaged, or of a folder that is gone
+    except Exception:  # zipfile, zlib and numpy raise a dozen types for damaged bytes
+        return None  # none there, damaged, or of a folder that is gone
     return None
 
 

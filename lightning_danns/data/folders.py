@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 from torchvision.transforms import v2
 
 from lightning_danns.data.base import ResumableDataModule, stratified_split
 from lightning_danns.data.batches import BatchDataset, drawing
-from lightning_danns.data.decode import UnreadableImageError, read_image
 from lightning_danns.data.file_list import FileList, class_names, image_names, list_files
+from lightning_danns.data.pixels import UnreadableImageError, fault, read_image, to_pixels
 from lightning_danns.errors import UsageError
 
 Transform = Callable[[Any], Any]
@@ -82,18 +82,17 @@ class ImageFolderDataset(BatchDataset):
                     )
             if not kept:
                 raise UsageError(f"no image of a batch can be read: {', '.join(str(self.path(k)) for k in samples)}")
-            images, labels = torch.stack(pixels), self.labels[kept]
-            images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+            images, labels = default_collate(pixels), self.labels[kept]  # in a worker, stacked in shared memory
             if self.batch_transform is not None:
                 images, labels = self.batch_transform(images, labels)
-                if fault := _fault(images):
-                    raise UsageError(f"batch_transform {self.batch_transform} {fault}")
+                if wrong := fault(images):
+                    raise UsageError(f"batch_transform {self.batch_transform} {wrong}")
                 if labels.ndim == 2 and labels.shape[1] != len(self.files.classes):
                     raise UsageError(
                         f"batch_transform {self.batch_transform} makes labels of {labels.shape[1]} classes, but there "
                         f"are {len(self.files.classes)}"
                     )
-            return images.as_subclass(Tensor), labels.as_subclass(Tensor)
+            return images, labels
 
     def end_pass(self) -> None:
         """Warn of the files that were skipped, if there are more than before."""
@@ -105,48 +104,6 @@ class ImageFolderDataset(BatchDataset):
                 f"{count} of {len(self)} images cannot be read and are skipped: {', '.join(names)}{more}", stacklevel=2
             )
         self._reported = count
-
-
-def to_pixels(transform: Transform, image: Image.Image, path: Path) -> Tensor:
-    """Transform an image; bytes (C, H, W), or floats in [0, 1].
-
-    Raises:
-        UsageError: something else comes out, or pixels are negative or beyond 1; names the step that makes them so.
-    """
-    state = torch.get_rng_state()
-    result = transform(image)
-    if isinstance(result, Image.Image):
-        result = v2.functional.pil_to_tensor(result)
-    fault = _fault(result)
-    if not fault:
-        return result
-    torch.set_rng_state(state)  # so that each step does again what it did
-    culprit, value = transform, image
-    for step in transform.transforms if isinstance(transform, v2.Compose) else []:
-        value = step(value)
-        if isinstance(value, Tensor) and value.is_floating_point() and _fault(value):
-            culprit = step
-            break
-    raise UsageError(
-        f"{culprit} {fault} ({path}). Networks under Dale's principle take pixels in [0, 1]: leave out what subtracts "
-        "or goes beyond them, since their layers centre and scale by themselves; v2.ToDtype(torch.float32, scale=True) "
-        "maps bytes to [0, 1]"
-    )
-
-
-def _fault(result: Any) -> str:
-    if not isinstance(result, Tensor):
-        return f"gives a {type(result).__name__}, not an image or a tensor"
-    if result.ndim < 3:
-        return f"gives the shape {tuple(result.shape)}, not (channels, height, width)"
-    if result.dtype == torch.uint8:
-        return ""
-    if not result.is_floating_point():
-        return f"gives {result.dtype}"
-    low, high = (value.item() for value in result.aminmax())
-    if low < 0:
-        return f"makes pixels negative, down to {low:.3g}"
-    return "" if high <= 1 + 1e-5 else f"makes pixels greater than 1, up to {high:.3g}"
 
 
 class ImageFolderDataModule(ResumableDataModule):
