@@ -1,6 +1,8 @@
 """Images in class folders: decoded, transformed, split, refused, resumed."""
 
+import inspect
 import os
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -14,7 +16,15 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torchvision.transforms import v2
 
-from lightning_danns import ImageFolderDataModule, ImageNetDataModule, UsageError
+from lightning_danns import (
+    DANNMLP,
+    DANNVGG,
+    DANNConvNet,
+    DANNResNet,
+    ImageFolderDataModule,
+    ImageNetDataModule,
+    UsageError,
+)
 from lightning_danns.data.batches import BatchIndex
 from lightning_danns.data.file_list import CACHE, list_files, pack
 from lightning_danns.data.pixels import UnreadableImageError, read_image
@@ -404,7 +414,7 @@ def test_evaluation_of_the_test_images_in_each_epoch_is_named(root):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"channels": 4}, "channels=4"),
+        ({"image_channels": 4}, "image_channels=4"),
         ({"image_size": 0}, "image_size=0"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
         ({"val_size": -1}, "val_size=-1"),
@@ -416,6 +426,19 @@ def test_evaluation_of_the_test_images_in_each_epoch_is_named(root):
 def test_wrong_arguments_are_refused(root, kwargs, message):
     with pytest.raises(UsageError, match=message):
         loaded(root, **kwargs)
+
+
+def test_a_logger_can_merge_the_arguments_of_data_and_models():
+    ours = set(inspect.signature(ImageFolderDataModule).parameters)
+    for model in (DANNConvNet, DANNMLP, DANNResNet, DANNVGG):
+        assert not ours & set(inspect.signature(model).parameters)
+
+
+def test_a_module_is_sent_to_other_processes_before_and_after_its_setup(root):
+    module = ImageFolderDataModule(str(root), 8)
+    assert pickle.loads(pickle.dumps(module)).classes == module.classes
+    module.setup()
+    assert len(pickle.loads(pickle.dumps(module)).train_set) == 30
 
 
 def test_wrong_folders_are_refused_by_name(root, tmp_path):

@@ -160,7 +160,10 @@ class BatchLoader(DataLoader):
         left = len(self.sampler) - self.sampler.done
         for batch in super().__iter__():
             if isinstance(batch, UsageError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # in a cycle with this frame, the workers would be ended late and in 5 seconds
             left -= 1
             if left == 0:  # here, because Lightning does not ask for more after the last batch
                 self.dataset.end_pass()

@@ -121,7 +121,7 @@ class ImageFolderDataModule(ResumableDataModule):
     Args:
         data_dir: the folder.
         image_size: height and width of what the default transforms make.
-        channels: 3 for RGB, 1 for grey.
+        image_channels: 3 for RGB, 1 for grey.
         batch_size: images per batch and process, at most.
         val_size: without a folder ``val``, how many training images to hold out, as many of each class as its share;
             a tenth if not given, 0 for none.
@@ -145,7 +145,7 @@ class ImageFolderDataModule(ResumableDataModule):
         self,
         data_dir: str,
         image_size: int = 224,
-        channels: int = 3,
+        image_channels: int = 3,
         batch_size: int = 32,
         val_size: int | None = None,
         split_seed: int = 0,
@@ -161,8 +161,8 @@ class ImageFolderDataModule(ResumableDataModule):
         data_dir = str(data_dir)  # a checkpoint with a Path does not load
         if image_size < 1:
             raise UsageError(f"image_size={image_size}: it must be at least 1")
-        if channels not in (1, 3):
-            raise UsageError(f"channels={channels}: it must be 3 (RGB) or 1 (grey)")
+        if image_channels not in (1, 3):
+            raise UsageError(f"image_channels={image_channels}: it must be 3 (RGB) or 1 (grey)")
         if on_error not in ("raise", "skip"):
             raise UsageError(f"on_error={on_error!r}: it must be 'raise' or 'skip'")
         if on_error == "skip" and isinstance(order_seed, list):
@@ -171,7 +171,7 @@ class ImageFolderDataModule(ResumableDataModule):
             raise UsageError(f"val_size={val_size}: give the number of images to hold out, 0 to hold out none")
         self.save_hyperparameters(ignore=["train_transform", "eval_transform", "batch_transform"])
         self.folder = Path(data_dir).expanduser().absolute()
-        self.channels, self.val_size, self.split_seed, self.on_error = channels, val_size, split_seed, on_error
+        self.channels, self.val_size, self.split_seed, self.on_error = image_channels, val_size, split_seed, on_error
         self.train_transform = train_transform or v2.Compose(
             [v2.RandomResizedCrop(image_size), v2.RandomHorizontalFlip()]
         )
