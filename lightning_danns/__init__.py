@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_danns.data import ImageDataModule as ImageDataModule
+    from lightning_danns.data import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_danns.data import ImageNetDataModule as ImageNetDataModule
     from lightning_danns.data import KMNISTDataModule as KMNISTDataModule
     from lightning_danns.data import MNIST5kDataModule as MNIST5kDataModule
     from lightning_danns.data import MNISTDataModule as MNISTDataModule
@@ -59,7 +61,8 @@ _ROOMS = {
     "replicas": "ReplicatedClassifier",
     "convert": "daleify",
     "data": (
-        "CIFAR10DataModule FashionMNISTDataModule ImageDataModule KMNISTDataModule MNIST5kDataModule MNISTDataModule"
+        "CIFAR10DataModule FashionMNISTDataModule ImageDataModule ImageFolderDataModule ImageNetDataModule "
+        "KMNISTDataModule MNIST5kDataModule MNISTDataModule"
     ),
     "errors": "UsageError",
     "testing": "assert_dale",
