@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from lightning_danns.callbacks import DaleProjection as DaleProjection
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
     from lightning_danns.callbacks import ReplicaCheckpoint as ReplicaCheckpoint
-    from lightning_danns.convert import daleify as daleify
+    from lightning_danns.analysis import activity as activity
+    from lightning_danns.analysis import daleify as daleify
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_danns.data import ImageDataModule as ImageDataModule
@@ -50,7 +51,7 @@ _ROOMS = {
         *("ColumnEIMLP", "ConvNet", "DANNConvNet", "DANNMLP", "DANNResNet", "DANNVGG"),
         *("ImageClassifier", "MLP", "ReplicatedClassifier", "ResNet", "VGG"),
     ),
-    "convert": ("daleify",),
+    "analysis": ("activity", "daleify"),
     "data": (
         "CIFAR10DataModule",
         "FashionMNISTDataModule",

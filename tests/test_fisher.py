@@ -23,7 +23,7 @@ from lightning_danns import (
     measured_factors,
     project_,
 )
-from lightning_danns.optim import change_factors_, require_factors
+from lightning_danns.optim import change_factors_, mean_squared_gradients, require_factors
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
 
@@ -56,6 +56,42 @@ def test_ratios_approach_the_exact_expectation_over_labels():
         for kind in ("Wix", "Wei", "alpha", "g", "b"):
             expected = float(exact[getattr(layer, kind)].mean() / exact[layer.Wex].mean())
             assert ratios[name][kind] == pytest.approx(expected, rel=0.1, abs=1e-12)
+
+
+def test_a_regression_has_the_information_of_its_own_distribution():
+    """Of y ~ Normal(W x, s): F of W_ij is E[x_j^2] / s^2, whatever W is."""
+    model, x = nn.Linear(3, 2, bias=False).double(), torch.rand(20_000, 3, dtype=torch.float64)
+    squares = mean_squared_gradients(
+        model, x, torch.Generator().manual_seed(0), lambda outputs: torch.distributions.Normal(outputs, 2.0)
+    )
+    torch.testing.assert_close(squares[model.weight], x.square().mean(0).expand(2, 3) / 4, rtol=0.05, atol=0)
+
+
+def test_a_generator_leaves_the_random_numbers_of_training_alone():
+    model = nn.Sequential(nn.Dropout(0.5), network())
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = (
+        fisher_ratios(model, torch.ones(8, 7, dtype=torch.float64), torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ratios_are_relative_to_the_parameter_that_the_layer_names():
+    class Relative(DANNLinear):
+        relative_to = "Wix"
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Relative(7, 4, 2)).double(), torch.rand(9, 7, dtype=torch.float64)
+    ratios = fisher_ratios(model, x, torch.Generator().manual_seed(0))["0"]
+    squares = mean_squared_gradients(model, x, torch.Generator().manual_seed(0))
+    assert ratios["Wex"] == pytest.approx(float(squares[model[0].Wex].mean() / squares[model[0].Wix].mean()))
+    assert "Wix" not in ratios
+    assert set(measured_factors(model, {"0": ratios})) == {"0.Wei", "0.alpha"}
+    model[0].relative_to = "weight"
+    with pytest.raises(UsageError, match=r"Relative\.relative_to='weight' is no parameter of its own; these are: Wex"):
+        fisher_ratios(model, x)
 
 
 def test_the_scale_of_a_hidden_layer_has_no_effect_at_the_start():

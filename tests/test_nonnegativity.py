@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_danns.nonnegativity import NonNegativity
+from lightning_danns.analysis.nonnegativity import NonNegativity
 
 X = 3 * torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 W = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1))

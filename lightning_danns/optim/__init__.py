@@ -1,6 +1,13 @@
 """Learning rates of signed networks, in plain torch."""
 
-from lightning_danns.optim.fisher import fisher_ratios, mean_squared_gradients, measured_factors
+from lightning_danns.optim.fisher import (
+    Likelihood,
+    categorical,
+    fisher_ratios,
+    mean_squared_gradients,
+    measured_factors,
+    reference_parameter,
+)
 from lightning_danns.optim.groups import (
     Correction,
     change_factors_,
@@ -17,6 +24,8 @@ from lightning_danns.optim.steps import check_cosine_rule, clip_layers_, limit_c
 __all__ = [
     "Correction",
     "DiagonalNGD",
+    "Likelihood",
+    "categorical",
     "change_factors_",
     "check_cosine_rule",
     "clip_layers_",
@@ -27,6 +36,7 @@ __all__ = [
     "limit_clamping_",
     "mean_squared_gradients",
     "measured_factors",
+    "reference_parameter",
     "rehearse_scheduler",
     "require_factors",
     "scale_learning_rates_",

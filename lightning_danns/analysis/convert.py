@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inputs
 from lightning_danns.layers import DANNConv2d, DANNLinear
-from lightning_danns.nonnegativity import NonNegativity, address
+from lightning_danns.analysis.nonnegativity import NonNegativity, address
 
 NO_COUNTERPART = (
     nn.modules.conv._ConvNd,

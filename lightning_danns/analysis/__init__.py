@@ -1,0 +1,1 @@
+"""What Dale's networks do, in plain torch."""
