@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_danns.analysis import activity as activity
+    from lightning_danns.analysis import daleify as daleify
     from lightning_danns.callbacks import CosineStepControl as CosineStepControl
     from lightning_danns.callbacks import DaleProjection as DaleProjection
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
     from lightning_danns.callbacks import ReplicaCheckpoint as ReplicaCheckpoint
-    from lightning_danns.analysis import activity as activity
-    from lightning_danns.analysis import daleify as daleify
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_danns.data import ImageDataModule as ImageDataModule

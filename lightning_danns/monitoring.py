@@ -27,7 +27,8 @@ class DaleDiagnostics(pl.Callback):
 
     The quantities are defined in `lightning_danns.analysis.diagnostics`. One batch in ``every_n_batches`` is looked at,
     from the first on: what its layers compute in the forward pass of training, and the step that follows, of the
-    Trainer's optimizers, for ``projection_cosine``. The row has means over the epoch's batches, as ``train_loss`` is, and the weights of its end.
+    Trainer's optimizers, for ``projection_cosine``. The row has means over the epoch's batches, as ``train_loss`` is,
+    and the weights of its end.
     Training is not disturbed: weights end as without it, to the bit.
 
     On a CPU core (784-500-500-500-10, batch 32), a batch that is looked at takes the time of 1.6 more steps, and the

@@ -102,4 +102,10 @@ def test_a_parameter_guarantees_nothing_however_positive():
     scale = torch.nn.Parameter(torch.ones(4, 1, 1))
     with torch.no_grad(), NonNegativity(X) as known:
         y = X * scale
-    assert known.origin(y) == "mul"
+    assert known.origin(y) == "a parameter or constant"
+
+
+def test_the_origin_is_the_operation_at_fault_however_much_is_done_afterwards():
+    with torch.no_grad(), NonNegativity(X) as known:
+        y = F.max_pool2d(2 * F.silu(lowered(X)) + X, 2).flatten(1).mean(1)
+    assert known.origin(y) == "silu"

@@ -17,8 +17,9 @@ standard deviation of z_hat over the units of sample s.
                         (mean of z_su^2 - c^2), c = mean of z: share of the
                         variance of z that is the same for every image
 
-The last is of z, after g and b: what the ReLU meets. It is NaN if z never varies. In DANNConvNet on CIFAR-10 it is 0.80,
-0.76 and 0.94 at the start (two convolutions, dense layer); balanced, 0.03, 0.06 and 0.45; in ConvNet 0.74, 0.72, 0.85.
+The last is of z, after g and b: what the ReLU meets. It is NaN if z never varies. At the start of DANNConvNet, on
+CIFAR-10, it is 0.80, 0.76 and 0.94 (two convolutions, dense layer); balanced 0.03, 0.06, 0.45; of ConvNet 0.74, 0.72,
+0.85.
 
 LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0 by definition. Of its weights
 (`weight_diagnostics`), with singular values sigma_k of Wex - Wei Wix, p_k = sigma_k / sum sigma, H = -sum p_k log p_k:
@@ -63,7 +64,8 @@ def layer_diagnostics(layer: nn.Module, x: Tensor) -> dict[str, float]:
     """All quantities of a layer and its input that the module docstring defines, as far as the layer has them.
 
     Of `torch.nn.Linear` and `torch.nn.Conv2d`, what LayerNorm would meet: z_mean, z_std and their errors of the output,
-    its constant share, and the balance and rank of the weight. A `DaleModule` without ``components`` has quantities of its weights alone.
+    its constant share, and the balance and rank of the weight. A `DaleModule` without ``components`` has quantities of
+    its weights alone.
 
     Example:
         >>> from lightning_danns import DANNLinear
