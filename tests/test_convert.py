@@ -245,6 +245,7 @@ def test_a_norm_is_removed_only_where_it_alone_reads_a_new_layers_output():
     assert result(lambda m, x: m.norm(m.layer(x)).relu(), nn.LayerNorm)
     assert not result(lambda m, x: m.norm(m.layer(x)).relu(), nn.LayerNorm, start="pretrained", divisive=False)
     assert not result(lambda m, x: m.norm(m.layer(x).relu_()))
+    assert not result(lambda m, x: m.norm(m.layer(x[:, None].expand(6, 4, 4))).relu())  # not over the units
     assert not result(lambda m, x: m.norm(m.layer(x).mul_(2)))
     assert not result(lambda m, x: (z := m.layer(x)) + m.norm(z))
     assert not result(lambda m, x: m.norm(m.norm(m.layer(x))))
@@ -306,3 +307,12 @@ def test_a_pretrained_layer_has_weights_of_both_kinds_and_single_units_keep_thei
         assert (layer.Wei.sum(1) == 1).all()  # one interneuron each
         assert all((parameter >= 0).all() for parameter in (layer.Wex, layer.Wix, layer.Wei))
     assert [made.model[k].ni for k in (0, 2, 4)] == [4, 3, 1]
+
+
+def test_a_frozen_pretrained_layer_stays_frozen():
+    net = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 3))
+    made = daleify(net, torch.rand(6, 4), start="pretrained", divisive=False)
+    assert made.converted == ["0", "2"]
+    assert {name for name, p in made.model.named_parameters() if not p.requires_grad} == {
+        *("0.Wex", "0.Wix", "0.Wei", "0.b")
+    }

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -161,6 +162,29 @@ def test_the_first_step_of_a_fit_takes_the_factors_measured_on_its_batch(data, m
     project_(twin)
     torch.testing.assert_close(model.network.state_dict(), twin.state_dict())
     assert factors_of(trainer.optimizers[0]) == {"base": 1, **{f"network.{k}": v for k, v in factors.items()}}
+
+
+def test_the_monitor_asks_the_module_what_its_outputs_predict(make_trainer):
+    class Regression(DANNMLP):
+        def likelihood(self, outputs):
+            return torch.distributions.Normal(outputs, 0.5)
+
+    logged = []
+
+    class Logger(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append(metrics)
+
+    torch.manual_seed(0)
+    model, images = Regression(hidden_sizes=[12], optimizer=SGD), torch.rand(4, 1, 28, 28)
+    expected, of_classes = (
+        fisher_ratios(model.network, images, torch.Generator().manual_seed(0), *likelihood)["1"]["Wei"]
+        for likelihood in ([model.likelihood], [])
+    )
+    loader = DataLoader(TensorDataset(images, torch.zeros(4, dtype=torch.long)), batch_size=4)
+    make_trainer(max_steps=1, callbacks=[FisherMonitor()], logger=Logger()).fit(model, loader)
+    assert logged[0]["network.1/fisher_Wei"] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(of_classes, rel=1e-2)
 
 
 def test_watching_alone_changes_no_weight(data, make_trainer):

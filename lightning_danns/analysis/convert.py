@@ -141,7 +141,7 @@ def daleify(
             continue
         weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         norm = norms.get(used[name].norm or "") if "norms" in change else None
-        if norm is not None and _removable(norm, layer, start):
+        if norm is not None and _removable(norm, layer, used[name].dim, start):
             weight, bias = _without(norm, layer, start)
             did = "folded into" if start == "pretrained" else "removed after"
             changed |= {same: f"{type(norm).__name__} is {did} {name!r}" for same in names[norm]}
@@ -153,6 +153,7 @@ def daleify(
         new = _counterpart(layer, ni.get(name), fraction, options)
         if start == "pretrained":
             _start_from(new, weight, bias)
+            new.requires_grad_(layer.weight.requires_grad)
         if name == "":
             return Daleified(new.train(layer.training), [name], {}, {})
         if negative is None:
@@ -201,15 +202,11 @@ def _put(model: nn.Module, names: Collection[str], module: nn.Module) -> None:
         model.set_submodule(name, module)
 
 
-def _removable(norm: nn.Module, layer: nn.Linear | nn.Conv2d, start: Start) -> bool:
-    """Whether a norm that reads what ``layer`` gives can go: it normalises the layer's units, and can be folded."""
+def _removable(norm: nn.Module, layer: nn.Linear | nn.Conv2d, dim: int, start: Start) -> bool:
+    """Whether a norm of what ``layer`` gives can go: it normalises the layer's units, and can be folded into it."""
     if isinstance(norm, BATCH_NORMS):
-        of_images = isinstance(norm, nn.BatchNorm2d) == isinstance(layer, nn.Conv2d)
-        return (
-            of_images
-            and norm.num_features == len(layer.weight)
-            and (start == "random" or norm.running_mean is not None)
-        )
+        by_unit = dim == (4 if isinstance(layer, nn.Conv2d) else 2)  # otherwise dimension 1 is another one
+        return by_unit and (start == "random" or norm.running_mean is not None)
     if isinstance(norm, nn.LayerNorm) and tuple(norm.normalized_shape) != (len(layer.weight),):
         return False
     return start == "random"

@@ -14,7 +14,7 @@ NO_COUNTERPART = (
     *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, nn.Bilinear),
 )
-ACTIVATIONS = (*(nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.PReLU),)
+ACTIVATIONS = (nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.PReLU)
 """Modules like ReLU, but for some negative values that they let pass."""
 OF_ACTIVATIONS = {"gelu", "silu", "hardswish", "mish", "elu", "celu", "selu", "leaky_relu", "_prelu_kernel"}
 """ATen operations of those."""
@@ -32,7 +32,7 @@ def reason_of_kind(
         return "its weight is computed from others (spectral_norm and pruning do so), which would be lost"
     if any(owners[p] > 1 for p in layer.parameters()):
         return "its weights are shared with another layer"
-    if not layer.weight.requires_grad:
+    if start == "random" and not layer.weight.requires_grad:
         return "it is frozen, and new weights could not learn"
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         return f"padding_mode={layer.padding_mode!r} is not supported"
@@ -51,13 +51,14 @@ def reason_of_use(used: Usage) -> str | None:
 
 
 class Obstacle(NamedTuple):
+    """What is wrong with a layer's inputs, and whether a ReLU in front of the layer would mend it."""
+
     reason: str
     mendable: bool
-    """Whether a ReLU in front of the layer would do."""
 
 
 def obstacle(used: Usage, change: Collection[Change]) -> Obstacle | None:
-    """What is wrong with a layer's inputs; None if they cannot be negative."""
+    """What makes a layer's inputs negative; None if they cannot be."""
     obstacles = []
     for origin, lowest in used.inputs:
         if origin is None and lowest >= 0:

@@ -17,12 +17,14 @@ class Usage:
 
     Attributes:
         inputs: of each call, what makes the input possibly negative (None if nothing does), and its lowest value.
+        dim: dimensions of its output.
         reads: how many operations within the layer have read its parameters.
         shared: whether operations elsewhere have, too.
         norm: name of the normalisation that alone reads the layer's only output, if there is one.
     """
 
     inputs: list[tuple[str | None, float]] = field(default_factory=list)
+    dim: int = 0
     reads: int = 0
     shared: bool = False
     norm: str | None = None
@@ -51,6 +53,7 @@ def usage(
 
         def after(layer: nn.Module, args: Any, output: Tensor) -> None:
             found[name].reads += reads_of_parameters(layer)
+            found[name].dim = output.dim()
             made[address(output)] = name, known.reads[address(output)], output.shape
 
         return layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)
