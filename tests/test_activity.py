@@ -88,11 +88,26 @@ def test_what_cannot_be_given_is_refused_by_name():
     unused.more = nn.Linear(3, 3)
     refused("'drop' is no layer with activity; these are: conv, plain", Net(), [X], ["drop"])
     refused("quantity 'v'", Net(), [X], quantities=("v",))
-    refused("'0' is called more than once", nn.Sequential(twice, twice), [torch.rand(2, 4)])
-    refused("passes through 'more'", unused, [X], ["more"])
-    refused("passes through any layer", Net(), [])
+    refused("'0' is called 2 times in 1 batches", nn.Sequential(twice, twice), [torch.rand(2, 4)])
+    refused("'more' is called 0 times in 2 batches", unused, [X, X], ["more"])
+    refused("'conv' is called 0 times in 0 batches", Net(), [])
+    refused("Sequential has no layers with activity", nn.Sequential(nn.ReLU()), [X])
     refused("'0' gives", nn.Sequential(nn.Conv2d(3, 2, 3)), [X, X[:, :, :5]])
     assert "more" not in activity(unused, [X])
+
+
+def test_a_layer_that_is_passed_by_some_of_the_samples_is_refused():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x)) if len(x) > 1 else self.a(x)
+
+    with pytest.raises(UsageError, match="'b' is called 1 times in 2 batches"):
+        activity(Sometimes(), [torch.rand(2, 4), torch.rand(1, 4)])
+    assert activity(Sometimes(), [torch.rand(2, 4), torch.rand(1, 4)], ["a"])["a"]["z"].shape == (3, 4)
 
 
 @pytest.mark.parametrize("family", [DANNFamily(), DANNFamily(balanced=True), StandardFamily("batch")], ids=str)

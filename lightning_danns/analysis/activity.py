@@ -1,5 +1,6 @@
 """What units and interneurons do with every sample of a loader, layer by layer, for analysis elsewhere."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,8 +47,8 @@ def activity(
         By layer and quantity, a tensor, or with ``memmap`` the memory-mapped array of the file.
 
     Raises:
-        UsageError: an unknown layer or quantity; a named layer that no sample passes through; a layer that is called
-            more than once in a pass; batches of different shapes; an empty loader.
+        UsageError: an unknown layer or quantity; a layer that is not called exactly once for each batch; batches of
+            different shapes; an empty loader.
 
     Example:
         >>> from lightning_danns import DANNLinear
@@ -64,8 +65,11 @@ def activity(
         if name not in known:
             raise UsageError(f"{name!r} is no layer with activity; these are: {', '.join(known)}")
     chosen = {known[name]: name for name in (known if layers is None else layers)}
+    if not chosen:
+        raise UsageError(f"{type(model).__name__} has no layers with activity: no DaleModule, nn.Linear or nn.Conv2d")
     stores: dict[tuple[str, str], _Memory | _File] = {}
-    called: set[str] = set()
+    calls: Counter[str] = Counter()
+    batches = 0
 
     def keep(name: str, quantity: str, values: Tensor) -> None:
         if (name, quantity) not in stores:
@@ -75,9 +79,7 @@ def activity(
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor) -> None:
         name = chosen[layer]
-        if name in called:
-            raise UsageError(f"layer {name!r} is called more than once in a pass: name the other layers in layers=")
-        called.add(name)
+        calls[name] += 1
         if "z_i" in quantities and isinstance(layer, DaleModule):
             x = next(iter((*args, *kwargs.values())))
             with without_autocast(x):
@@ -94,19 +96,19 @@ def activity(
     try:
         with evaluating(model), torch.no_grad():
             for batch in loader:
-                called.clear()
+                batches += 1
                 model((batch if isinstance(batch, Tensor) else batch[0]).to(device))
     finally:
         for handle in handles:
             handle.remove()
         for store in stores.values():
             store.close()
-    missed = [name for name in layers or () if name not in {seen for seen, _ in stores}]
-    if missed or not stores:
-        raise UsageError(
-            f"no sample passes through {', '.join(map(repr, missed)) or 'any layer'}: is the loader empty, or the "
-            "model compiled by torch.compile?"
-        )
+    for name in calls if layers is None and calls else chosen.values():
+        if calls[name] != batches or not batches:
+            raise UsageError(
+                f"layer {name!r} is called {calls[name]} times in {batches} batches, not once in each: name other "
+                "layers in layers= (torch.compile hides the calls of a compiled model)"
+            )
     result: dict[str, dict[str, Tensor | np.ndarray]] = {}
     for (name, what), store in stores.items():
         result.setdefault(name, {})[what] = store.whole()
