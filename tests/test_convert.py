@@ -242,7 +242,7 @@ def test_a_norm_is_removed_only_where_it_alone_reads_a_new_layers_output():
         return isinstance(made.model.norm, nn.Identity)
 
     assert result(lambda m, x: m.norm(m.layer(x)).relu())
-    assert result(lambda m, x: m.norm(m.layer(x)).relu(), nn.LayerNorm)
+    assert result(lambda m, x: m.norm(input=m.layer(input=x)).relu(), nn.LayerNorm)
     assert not result(lambda m, x: m.norm(m.layer(x)).relu(), nn.LayerNorm, start="pretrained", divisive=False)
     assert not result(lambda m, x: m.norm(m.layer(x).relu_()))
     assert not result(lambda m, x: m.norm(m.layer(x[:, None].expand(6, 4, 4))).relu())  # not over the units

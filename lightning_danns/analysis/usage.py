@@ -30,6 +30,11 @@ class Usage:
     norm: str | None = None
 
 
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's first input, by position or by keyword."""
+    return next(iter((*args, *kwargs.values())))
+
+
 def usage(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -40,14 +45,15 @@ def usage(
     known = NonNegativity(*(x for x in example if isinstance(x, Tensor)))
     found = {name: Usage() for name in layers}
     made: dict[int, tuple[str, int, torch.Size]] = {}  # by address of an output: its layer, reads so far, shape
-    followed: dict[str, list[tuple[str, int, int]]] = {name: [] for name in norms}  # layer, address, reads at its end
+    # calls of each norm: the layer whose output it is the first to read, that output's address, and its reads so far
+    followed: dict[str, list[tuple[str, int, int]]] = {name: [] for name in norms}
 
     def reads_of_parameters(layer: nn.Module) -> int:
         return sum(known.reads[address(parameter)] for parameter in layer.parameters())
 
     def watch(name: str, layer: nn.Module) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
+            x = first(args, kwargs)
             found[name].inputs.append((known.origin(x), float(x.min())))
             found[name].reads -= reads_of_parameters(layer)
 
@@ -59,17 +65,19 @@ def usage(
         return layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)
 
     def watch_norm(name: str, norm: nn.Module) -> Any:
-        direct: list[str] = []
+        source: list[str] = []
 
-        def before(norm: nn.Module, args: tuple[Any, ...]) -> None:
-            layer, reads, shape = made.get(address(args[0]), ("", -1, None)) if args else ("", -1, None)
-            direct[:] = [layer] if reads == known.reads[address(args[0])] and shape == args[0].shape else []
+        def before(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first(args, kwargs)
+            layer, reads, shape = made.get(address(x), ("", 0, None))
+            source[:] = [layer if known.reads[address(x)] == reads and x.shape == shape else ""]
 
-        def after(norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            place = address(args[0]) if args else 0
-            followed[name].append((direct[0] if direct else "", place, known.reads[place]))
+        def after(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            place = address(first(args, kwargs))
+            followed[name].append((source[0], place, known.reads[place]))
 
-        return norm.register_forward_pre_hook(before), norm.register_forward_hook(after)
+        pre = norm.register_forward_pre_hook(before, with_kwargs=True)
+        return pre, norm.register_forward_hook(after, with_kwargs=True)
 
     handles = [handle for name, layer in layers.items() for handle in watch(name, layer)]
     handles += [handle for name, norm in norms.items() for handle in watch_norm(name, norm)]
@@ -83,9 +91,8 @@ def usage(
     for name, layer in layers.items():
         found[name].shared = reads_of_parameters(layer) > found[name].reads
     for norm, calls in followed.items():
-        if len(calls) == 1:
-            ((layer_name, place, reads),) = calls
-            # the norm was the first to read the output, and nothing read it afterwards
+        for layer_name, place, reads in calls if len(calls) == 1 else ():
+            # the norm is the first to read the layer's output, and nothing reads it afterwards
             if layer_name in found and len(found[layer_name].inputs) == 1 and known.reads[place] == reads:
                 found[layer_name].norm = norm
     return found
