@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 import lightning_danns.cli as cli
 import lightning_danns.run_folder as folders
 from lightning_danns import DANNMLP, DaleDiagnostics, DANNLinear, MNISTDataModule, UsageError, project_
-from lightning_danns.diagnostics import effective_rank
+from lightning_danns.analysis.diagnostics import effective_rank
 from lightning_danns.layers import sign_violations
 
 
