@@ -1,6 +1,8 @@
 """Fits for tests of studies: real ones that say how they ended, and others that are over in a millisecond."""
 
 import csv
+import sqlite3
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,14 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 import lightning_danns.cli as cli
 
 REAL = cli.main
+CONNECT = sqlite3.connect
+
+
+def hasty_connect(*args, **kwargs):
+    """A connection that does not wait for the disk."""
+    connection = CONNECT(*args, **kwargs)
+    connection.execute("PRAGMA synchronous=OFF")
+    return connection
 
 
 class WriteResult(pl.Callback):
@@ -56,7 +66,7 @@ def fake_main(args, callbacks=(), before_epoch=lambda folder, epoch: None):
         print(yaml.safe_dump(config))
         raise SystemExit(0)
     if options.get("note") == "fishy":
-        print("error: note=fishy is none", file=__import__("sys").stderr)
+        print("error: note=fishy is none", file=sys.stderr)
         raise SystemExit(2)
     if options.get("note") == "broken":
         raise RuntimeError("out of memory")

@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import QUIET, SMALL
-from study_fits import epochs_of, fake_main, real_main
-
-pytest.importorskip("optuna")
-
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from study_fits import epochs_of, fake_main, hasty_connect, real_main
 
 import lightning_danns.cli as cli
 from lightning_danns.errors import DivergedError, UsageError
-from lightning_danns.study import command
+from lightning_danns.study import command, queue
 from lightning_danns.study.search import parse_axis
 
 
@@ -25,6 +21,7 @@ def sweep(tmp_path, monkeypatch, capsys):
     """Runs the command in a folder with a space, with fits that take no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "main", fake_main)
+    monkeypatch.setattr(queue.sqlite3, "connect", hasty_connect)
 
     def sweep(*args, status=0):
         assert command("search", [*map(str, args), "--folder=my sweeps"]) == status
@@ -44,10 +41,10 @@ LR = "--search=lr=log:0.001:10"
 @pytest.mark.parametrize(
     ("text", "axis"),
     [
-        ("lr=log:1e-3:1", FloatDistribution(0.001, 1, log=True)), ("p=uniform:-1:1", FloatDistribution(-1, 1)),
-        ("--n=int:1:4", IntDistribution(1, 4)), ("c=choice:none,fisher", CategoricalDistribution(["none", "fisher"])),
-        ("s=choice:[10,20],[10,30]", CategoricalDistribution(["[10, 20]", "[10, 30]"])),
-        ("b=choice:true,null,1.5", CategoricalDistribution(["true", "null", "1.5"])),
+        ("lr=log:1e-3:1", {"low": 0.001, "high": 1, "log": True}), ("--n=int:1:4", {"low": 1, "high": 4}),
+        ("p=uniform:-1:1", {"low": -1, "high": 1, "log": False}), ("c=choice:none,b", {"choices": ["none", "b"]}),
+        ("s=choice:[10,20],[10,30]", {"choices": ["[10, 20]", "[10, 30]"]}),
+        ("b=choice:true,null,1.5", {"choices": ["true", "null", "1.5"]}),
     ],
 )  # fmt: skip
 def test_a_search_space_is_read_as_it_is_written(text, axis):
@@ -67,7 +64,7 @@ def test_a_search_space_that_is_none_is_refused(text):
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        (["--trials=0"], "one trial"), (["--jobs=0"], "at least one"), (["--run_dir=x"], "leave it out"),
+        (["--trials=0"], "at least 1"), (["--jobs=0"], "at least 1"), (["--run_dir=x"], "leave it out"),
         (["--ckpt_path", "last"], "leave it out"), (["--lr=1"], "--lr is searched"), (["fit"], "belongs to no option"),
         (["--search=lr=log:1:2"], "twice"), (["--val=false"], "there is no validation"),
         (["--test=true"], "must not see the test data"), (["--search=note=choice:plain,fishy"], "note=fishy is none"),
@@ -82,10 +79,10 @@ def test_mistakes_are_found_before_anything_is_written(sweep, args, reason):
 
 @pytest.mark.parametrize(("mode", "metric", "best_of"), [("max", "val_accuracy", max), ("min", "val_loss", min)])
 def test_a_sweep_ends_with_the_config_of_the_best_epoch_of_what_the_task_monitors(sweep, mode, metric, best_of):
-    out = sweep(LR, "--trials=12", f"--mode={mode}", "--trainer.max_epochs=3")
+    out = sweep(LR, "--trials=8", f"--mode={mode}", "--trainer.max_epochs=3")
     best = {}
     for row in rows():
-        if row["state"] == "complete":
+        if row["state"] == "COMPLETE":
             values = [float(epoch[metric]) for epoch in rows(f"my sweeps/trials/{row['run']}/metrics.csv")]
             best[float(row["lr"])] = best_of(values)
             assert float(row["value"]) == pytest.approx(best_of(values))
@@ -98,17 +95,17 @@ def test_a_sweep_ends_with_the_config_of_the_best_epoch_of_what_the_task_monitor
 
 
 def test_hopeless_trials_end_early_but_not_in_the_first_third(sweep):
-    sweep(LR, "--trials=20", "--trainer.max_epochs=9")
+    sweep(LR, "--trials=14", "--trainer.max_epochs=6")
     lengths = {row["run"]: len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()}
-    pruned = [row for row in rows() if row["state"] == "pruned"]
+    pruned = [row for row in rows() if row["state"] == "PRUNED"]
     assert pruned
-    assert all(3 < lengths[row["run"]] < 9 for row in pruned)
-    assert all(lengths[row["run"]] == 9 for row in rows() if row["state"] == "complete")
+    assert all(2 < lengths[row["run"]] < 6 for row in pruned)
+    assert all(lengths[row["run"]] == 6 for row in rows() if row["state"] == "COMPLETE")
 
 
 def test_no_trial_ends_early_without_pruning(sweep):
-    sweep(LR, "--trials=15", "--trainer.max_epochs=4", "--no_pruning")
-    assert {row["epochs"] for row in rows()} == {"4"}
+    sweep(LR, "--trials=9", "--trainer.max_epochs=4", "--no_pruning")
+    assert [len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()] == [4] * 9
 
 
 def test_a_trial_that_diverges_is_named_and_the_others_go_on(sweep):
@@ -126,7 +123,8 @@ def test_a_trial_that_diverges_is_named_and_the_others_go_on(sweep):
 
     cli.main = main
     sweep(LR, "--trials=3")
-    assert [row["state"] for row in rows()] == ["complete", "diverged", "complete"]
+    assert [row["state"] for row in rows()] == ["COMPLETE", "PRUNED", "COMPLETE"]
+    assert [row["ended"] for row in rows()] == ["", "diverged", ""]
 
 
 def test_a_trial_that_fails_is_named_and_the_others_go_on(sweep):
@@ -136,7 +134,7 @@ def test_a_trial_that_fails_is_named_and_the_others_go_on(sweep):
 
     cli.main = partial(fake_main, before_epoch=fail)
     assert "RuntimeError: out of memory" in sweep(LR, "--trials=3")
-    assert [row["state"] for row in rows()] == ["complete", "fail", "complete"]
+    assert [row["state"] for row in rows()] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
 def test_an_interrupted_trial_goes_on_with_its_setting_and_counts_once(sweep):
@@ -149,8 +147,8 @@ def test_an_interrupted_trial_goes_on_with_its_setting_and_counts_once(sweep):
     lr = yaml.safe_load(Path("my sweeps/trials/0001/config.yaml").read_text())["model"]["init_args"]["lr"]
     cli.main = fake_main
     sweep(LR, "--trials=3", "--trainer.max_epochs=3")
-    assert [row["run"] for row in sorted(rows(), key=lambda row: row["run"])] == ["0000", "0001", "0002"]
-    assert lr in [float(row["lr"]) for row in rows() if row["run"] == "0001" and row["epochs"] == "3"]
+    assert [row["run"] for row in rows() if row["state"] == "COMPLETE"] == ["0000", "0002", "0001"]
+    assert {float(row["lr"]) for row in rows() if row["run"] == "0001"} == {lr}
     assert epochs_of("my sweeps/trials/0001") == [0, 1, 2]
 
 

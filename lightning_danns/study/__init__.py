@@ -17,7 +17,7 @@ def command(room: str, args: Sequence[str] | None = None) -> int:
     """Run ``main`` of a room on ``args`` (default: ``sys.argv``); its exit status, or 2 after a user's mistake."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* is experimental")  # Optuna says so of heartbeats since 2020
+            warnings.filterwarnings("ignore", ".*( is experimental|experimental feature|LightningCLI's args)")  # meant
             return import_module(f"{__name__}.{room}").main(list(sys.argv[1:] if args is None else args))
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("optuna", "sqlalchemy", "pandas", "matplotlib", "scipy"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
 from lightning_danns.errors import UsageError
 from lightning_danns.study import queue
@@ -47,41 +47,30 @@ def plan(configs: Sequence[Path], seeds: Sequence[int], folder: Path, fit_args: 
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {' '.join(map(str, seeds))}: each must be there once")
     settings = {arm: settings_of(args) for arm, args in arms.items()}
-    runs = {}
-    for seed in seeds:
-        for arm, args in arms.items():
-            given = [*args, f"--seed_everything={seed}"]
-            name = f"{arm}/seed_{seed}"
-            runs[name] = Run(folder / name, given, settings[arm] | {"seed_everything": seed})
-    return runs
-
-
-def described(folder: Path) -> str:
-    """Length and last metrics of a run, without those of its layers."""
-    result = result_of(folder)
-    metrics = sorted((name, value) for name, value in (result.get("metrics") or {}).items() if "/" not in name)
-    return f"{result.get('epochs', 0)} epochs, " + " ".join(f"{name} {value:.4f}" for name, value in metrics)
+    of_seed = {seed: {"seed_everything": seed} for seed in seeds}
+    return {
+        f"{arm}/seed_{k}": Run(folder / arm / f"seed_{k}", [*arms[arm], f"--seed_everything={k}"], settings[arm] | seed)
+        for k, seed in of_seed.items()
+        for arm in arms
+    }
 
 
 def main(args: Sequence[str]) -> int:
     """Train what is left of the comparison; returns the exit status: 1 if a run failed."""
-    parser = ArgumentParser(
-        "python -m lightning_danns.compare",
-        description="Trains each config with each seed, in FOLDER/CONFIG/seed_N. Finished runs are skipped, unfinished "
-        "ones go on. Options that are not listed here are those of fit (--trainer.max_epochs, ...), for all runs.",
-        allow_abbrev=False,
+    about = (
+        "Trains each config with each seed, in FOLDER/CONFIG/seed_N. Finished runs are skipped, unfinished ones go on. "
+        "Options that are not listed here are those of fit (--trainer.max_epochs, ...), for all runs."
     )
+    parser = ArgumentParser("python -m lightning_danns.compare", description=about, allow_abbrev=False)
     parser.add_argument("configs", nargs="+", type=user_path, help="config files; their names are those of the arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of all configs (default: 0)")
     parser.add_argument("--folder", type=user_path, required=True, help="of all runs, e.g. runs/mnist")
-    queue.add_options(parser)
     options, rest = parse(parser, args, given=("--seed_everything", "--config"))
     runs = plan(options.configs, options.seeds, options.folder, rest)
     for run in runs.values():
         run.refuse_changed()
     left = {name: run.args for name, run in runs.items() if not run.finished()}
-    if not options.worker:
-        print(f"{len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
     if not left:
         return 0
     storage = queue.open_storage(options.folder, options.storage)
@@ -90,21 +79,15 @@ def main(args: Sequence[str]) -> int:
 
     def train(trial: Trial) -> float:
         name = trial.user_attrs["run"]  # which may be of another command on the same folder
-        print(f"{name}: {'goes on' if (options.folder / name).exists() else 'starts'}", flush=True)
         queue.fit(left.get(name, trial.user_attrs["args"]), options.folder / name)
-        return 0.0  # what came of it, the folder tells
+        return float(result_of(options.folder / name).get("best") or 0)  # to be shown; what is done, the folder tells
 
-    def tell(study: optuna.Study, trial: FrozenTrial) -> None:
-        if trial.state != TrialState.PRUNED:
-            name, error = trial.user_attrs["run"], trial.user_attrs.get("error")
-            print(f"{name}: {f'failed: {error}' if error else described(options.folder / name)}", flush=True)
-
-    if not options.worker:
-        queue.fill(study, left, again=True)
-    queue.run(study, train, tell, "compare", args, options)
+    queue.fill(study, left, again=True)
+    if options.jobs > 1:
+        return queue.several("compare", args, options.jobs)
+    queue.work(study, train)
     elsewhere = queue.names(study, TrialState.RUNNING)
     failed = [name for name, run in runs.items() if not run.finished() and name not in elsewhere]
-    errors = {trial.user_attrs["run"]: trial.user_attrs.get("error") for trial in queue.trials(study)}
-    for name in failed if not options.worker else ():
-        print(f"failed: {name}: {errors.get(name) or 'its fit did not reach its end'}", file=sys.stderr)
+    if failed:
+        print(f"not finished, see log.txt of each: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

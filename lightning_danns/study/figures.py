@@ -1,15 +1,14 @@
-"""Figures of what a task is judged by: while learning, of each seed, against the learning rate; and of diagnostics."""
+"""Figures of what a task is judged by: while learning and against the learning rate; and of diagnostics."""
 
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_danns.study.text import label
+from lightning_danns.study.tables import label
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is pale on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,32 +27,20 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def curves(runs: pd.DataFrame, metric: str, mode: str) -> Figure:
-    """``metric`` against epoch: mean over the seeds of each arm, and a band from the best to the worst."""
-    figure, axes = _figure(3.2)
+    """``metric`` against epoch: a thin line for each seed, and their mean."""
+    figure, axes = _figure()
     for arm, style in styles(sorted(runs.arm.unique())).items():
-        by_epoch = runs[runs.arm == arm].groupby("epoch")[metric].agg(["mean", "min", "max"]).dropna()
-        axes.fill_between(by_epoch.index + 1, by_epoch["min"], by_epoch["max"], color=style["color"], alpha=0.2)
-        axes.plot(by_epoch.index + 1, by_epoch["mean"], **style, markevery=max(1, len(by_epoch) // 6), label=label(arm))
+        seeds = runs[runs.arm == arm].pivot_table(index="epoch", columns="folder", values=metric)
+        seeds.index += 1
+        mean = seeds.mean(axis=1)
+        axes.plot(seeds, color=style["color"], alpha=0.4, linewidth=0.5)
+        axes.plot(mean, **style, markevery=max(1, len(mean) // 6), label=label(arm))
     low, high = runs[metric].quantile([0.05, 1] if mode == "max" else [0, 0.95])  # the start may leave the figure
-    axes.set(xlabel="epoch", ylabel=label(metric))
     if high > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set(xlabel="epoch", ylabel=label(metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper")
-    return figure
-
-
-def seeds(values: pd.DataFrame, rows: pd.DataFrame) -> Figure:
-    """Value of each arm, the best on top: every seed a point, above them their mean and its 95 % interval."""
-    figure, axes = _figure(0.7 + 0.36 * len(rows))
-    look = styles(sorted(rows.arm))
-    for y, row in enumerate(rows.itertuples()):
-        points = values[values.arm == row.arm].value
-        axes.plot(points, y + np.linspace(0, 0.3, len(points)), **look[str(row.arm)], linestyle="", alpha=0.75)
-        if len(points) > 1:
-            axes.plot([row.low, row.value, row.high], [y - 0.18] * 3, color="black", marker="|")
-    axes.set_yticks(range(len(rows)), [label(arm) for arm in rows.arm])
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label(rows.metric.iloc[0]))
     return figure
 
 
@@ -62,7 +49,7 @@ def learning_rates(trials: pd.DataFrame, monitor: str, mode: str) -> Figure | No
     if trials.lr.nunique() < 2 or monitor not in trials:
         return None
     ends = trials.groupby(["arm", "folder"], as_index=False).agg({monitor: mode, "lr": "first", "finished": "first"})
-    figure, axes = _figure(3.2)
+    figure, axes = _figure()
     for arm, style in styles(sorted(ends.arm.unique())).items():
         for whole, group in ends[ends.arm == arm].groupby("finished"):
             fill = {"linestyle": "", "fillstyle": "full" if whole else "none"}
@@ -85,14 +72,12 @@ def diagnostics(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
         for k, quantity in enumerate(quantities):
             panel = figure.add_subplot(rows, 3, k + 1, title=label(quantity), xlabel="epoch")
             for layer, style in look.items():
-                if f"{layer}/{quantity}" in logged:
-                    values = logged[f"{layer}/{quantity}"].dropna()
-                    panel.plot(values, **style, markevery=max(1, len(values) // 5), label=label(layer))
-        drawn = {text: h for panel in figure.axes for h, text in zip(*panel.get_legend_handles_labels(), strict=True)}
-        figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=4)
+                values = logged.get(f"{layer}/{quantity}", logged.iloc[:0, 0]).dropna()
+                panel.plot(values, **style, markevery=max(1, len(values) // 5), label=label(layer))
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
         yield str(arm), figure
 
 
-def _figure(height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7, height), layout="constrained")
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
     return figure, figure.add_subplot()

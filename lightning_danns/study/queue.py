@@ -4,7 +4,6 @@ Any number of processes that see the storage may take trials from the queue. A p
 `HEARTBEAT` seconds; a trial that is silent for `GRACE` seconds is put back into the queue, up to `RETRIES` times.
 """
 
-import argparse
 import os
 import random
 import sqlite3
@@ -29,20 +28,9 @@ from lightning_danns.study.settings import DEFAULTS
 
 HEARTBEAT, GRACE, RETRIES = 20, 60, 3
 
-Train = Callable[[Trial], float]
-Tell = Callable[[optuna.Study, FrozenTrial], None]
-
 
 class FailedRun(Exception):  # noqa: N818
     """A fit ended with an error; the text says which."""
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options about the processes that share the work."""
-    parser.add_argument("--jobs", type=int, default=1, help="processes on this machine (default: 1)")
-    several = "for several machines, e.g. postgresql://HOST/NAME (default: FOLDER/study.db, for one machine)"
-    parser.add_argument("--storage", metavar="URL", help=f"of Optuna, {several}")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 
 def open_storage(folder: Path, url: str | None) -> RDBStorage:
@@ -57,6 +45,7 @@ def open_storage(folder: Path, url: str | None) -> RDBStorage:
     def connect() -> sqlite3.Connection:  # to a path as it is, which in a URL would need escapes
         return sqlite3.connect(folder / "study.db", timeout=60, isolation_level=None, check_same_thread=False)
 
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
     engine = {} if url else {"creator": connect, "pool_events": [(begin, "checkout")]}
@@ -93,7 +82,12 @@ def names(study: optuna.Study, *states: TrialState) -> list[str]:
     return [trial.user_attrs["run"] for trial in trials(study, *states)]
 
 
-def work(study: optuna.Study, train: Train, tell: Tell) -> None:
+def described(params: Mapping[str, Any]) -> str:
+    """Settings in a line."""
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
+
+
+def work(study: optuna.Study, train: Callable[[Trial], float]) -> None:
     """Train one run after the other, until the queue is empty and no process of a running trial is found dead."""
 
     def objective(trial: Trial) -> float:
@@ -105,13 +99,17 @@ def work(study: optuna.Study, train: Train, tell: Tell) -> None:
         try:
             return train(trial)
         except FailedRun as error:
-            trial.set_user_attr("error", str(error))
+            trial.set_user_attr("ended", f"failed, {error}")
             raise
         except (KeyboardInterrupt, SystemExit) as end:  # Ctrl-C, SIGTERM: back into the queue
             RetryHeartbeatStaleTrialCallback(None, True)(study, study.get_trials()[trial.number])
             raise KeyboardInterrupt from end  # after which Optuna calls this try failed
 
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    def tell(study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.COMPLETE or "ended" in trial.user_attrs:
+            ended = trial.user_attrs.get("ended") or f"best {trial.value:.4f}"
+            print(": ".join(filter(None, [trial.user_attrs["run"], described(trial.params), ended])), flush=True)
+
     last = time.monotonic()
     while time.monotonic() < last + 1.5 * GRACE:
         optuna.storages.fail_stale_trials(study)
@@ -124,25 +122,18 @@ def work(study: optuna.Study, train: Train, tell: Tell) -> None:
             return
 
 
-def run(study: optuna.Study, train: Train, tell: Tell, room: str, args: Sequence[str], options: Any) -> None:
-    """Work on the queue in this process or, with ``--jobs``, in several, which share its cores and its GPUs."""
-    if options.worker or options.jobs == 1:
-        return work(study, train, tell)
+def several(room: str, args: Sequence[str], jobs: int) -> int:
+    """The same command in ``jobs`` processes, which share the cores and the GPUs of this one; the worst exit status."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // options.jobs)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // jobs)), **os.environ}
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    command = [sys.executable, "-m", f"lightning_danns.{room}", *args, "--worker"]
-    shares = [environment | {"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} for job in range(options.jobs)]
-    for process in [subprocess.Popen(command, env=share) for share in shares]:
-        process.wait()
+    command = [sys.executable, "-m", f"lightning_danns.{room}", *args, "--jobs=1"]
+    shares = [environment | {"CUDA_VISIBLE_DEVICES": gpus[job % len(gpus)]} for job in range(jobs)]
+    return max(process.wait() for process in [subprocess.Popen(command, env=share) for share in shares])
 
 
 def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback] = ()) -> None:
-    """One fit in this process, which starts or goes on in ``folder``; its output goes to ``log.txt`` there.
-
-    Raises:
-        FailedRun: it ended with an error.
-    """
+    """One fit in this process, which starts or goes on in ``folder``; its output goes to ``log.txt`` there."""
     from lightning_danns.cli import main
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +155,7 @@ def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback] = ()
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """Append to a file what this process prints, loggers and libraries in C included."""
+    """Append to a file what this process prints, loggers included."""
     kept = os.dup(2)
     with open(path, "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         os.dup2(log.fileno(), 2)

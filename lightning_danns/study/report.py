@@ -9,19 +9,14 @@ from matplotlib.figure import Figure
 
 from lightning_danns.errors import UsageError
 from lightning_danns.study import figures
-from lightning_danns.study.runs import read
+from lightning_danns.study.runs import load_runs
 from lightning_danns.study.settings import user_path
-from lightning_danns.study.tables import markdown, remarks, run_values, table
-from lightning_danns.study.text import cell, file_name
+from lightning_danns.study.tables import cell, file_name, markdown, run_values, table
 
 
 def write_report(folders: Sequence[Path], out: Path, last: int = 5) -> str:
-    """Write the report of all runs below ``folders`` into ``out``; returns its tables and where it is.
-
-    Raises:
-        UsageError: there is no run.
-    """
-    runs, left_out = read(*folders)
+    """Write the report of all runs below ``folders`` into ``out``; its tables, and where it is."""
+    runs, left_out = load_runs(*folders)
     reasons = [f"{cell(folder)}: {cell(reason)}" for folder, reason in left_out.items()]
     if runs.empty:
         below = ", ".join(map(str, folders))
@@ -48,11 +43,9 @@ def write_report(folders: Sequence[Path], out: Path, last: int = 5) -> str:
                 over = "of one checkpoint" if metric.startswith("checkpoint_") else f"mean of the last {last} epochs"
                 parts += [f"### {cell(metric)}, {over}", markdown(arms)]
                 arms.to_csv(out / f"{file_name(f'{data} {metric}')}.csv", index=False)
-                listing("Note:", remarks(of, last))
                 shown = own[own.folder.isin(of.folder)]
-                caption = "Mean over the seeds, from the best to the worst. Early epochs may lie outside."
+                caption = "Every seed, and their mean. Early epochs may lie outside."
                 draw(figures.curves(shown, metric, mode), f"{data} {metric} curves", caption)
-                draw(figures.seeds(of, arms), f"{data} {metric} seeds", "Every seed, their mean and its 95 % interval.")
             ends = own[~own.finished & ~own.trial].groupby("folder", sort=False).tail(1).itertuples()
             unfinished = [f"{cell(run.arm)}, seed {run.seed}: {run.epoch + 1} epochs" for run in ends]
             listing("Not finished, and in no table:", unfinished)

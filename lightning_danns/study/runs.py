@@ -17,28 +17,24 @@ import pandas as pd
 from lightning_danns.errors import UsageError
 from lightning_danns.study.settings import finished, flat, read_yaml, result_of
 
-SEED = ("data.order_seed", "data.test_each_epoch")
-"""Settings that tell no arms apart: the order of the data is part of the seed."""
+SEED = (
+    "data.order_seed",
+    "data.test_each_epoch",
+    "trainer.callbacks",
+)  # settings that tell no arms apart by themselves
+ONLOOKERS = re.compile(r"Diagnostics|Monitor|ProgressBar|Summary|Checkpoint|Timer|Stats")  # callbacks
 
-ONLOOKERS = re.compile(r"Diagnostics|Monitor|ProgressBar|Summary|Checkpoint|Timer|Stats")
-"""Callbacks that change nothing."""
 
+def load_runs(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
+    """All runs below ``folders``, and the reason for each folder that had to be left out.
 
-def load_runs(*folders: str | Path) -> pd.DataFrame:
-    """All runs below ``folders``: a row for each run and epoch, with what is known of the run and its metrics.
-
-    ``arm, seed, lr, data``: see above. ``trial``: it is one of a sweep. ``finished``: nothing is left to train (taken
-    for true without ``config.yaml``). ``diverged``: its last training loss is no number. ``monitor, mode``: what its
-    task is judged by. ``epoch`` counts from 0. ``checkpoint_test_*``: what the command ``test`` found.
+    A row for each run and epoch, with its metrics and what is known of the run. ``trial``: it is one of a sweep.
+    ``finished``: nothing is left to train (taken for true without ``config.yaml``). ``diverged``: its last training
+    loss is no number. ``monitor, mode``: what its task is judged by. ``checkpoint_test_*``: what ``test`` found.
 
     Raises:
         UsageError: a folder does not exist.
     """
-    return read(*folders)[0]
-
-
-def read(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
-    """The runs, and what had to be left out: the reason for each folder."""
     tops = [Path(top).expanduser().resolve() for top in folders]
     root = Path(os.path.commonpath(tops))
     found: list[dict[str, Any]] = []
@@ -52,16 +48,16 @@ def read(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
             left_out[str(path)] = f"config.yaml or result.yaml is none of a fit ({type(error).__name__}: {error})"
     _name_arms(found)
     known = {run["monitor"]: run["mode"] for run in found if run["monitor"]} | {"val_loss": "min", "train_loss": "min"}
-    frames, twins = [], set()
+    frames, seen = [], set()
     for run in sorted(found, key=lambda run: (run["finished"], run["metrics"].index[-1]), reverse=True):
         if run["monitor"] is None:
             run["monitor"] = next((name for name in known if name in run["metrics"]), "val_loss")
             run["mode"] = known[run["monitor"]]
         same = (run["data"], run["arm"], run["seed"])
-        if same in twins and run["seed"] is not None and not run["trial"]:
+        if same in seen and run["seed"] is not None and not run["trial"]:
             left_out[run["folder"]] = f"arm {run['arm']} has another run with seed {run['seed']}, which got as far"
             continue
-        twins.add(same)
+        seen.add(same)
         frames.append(run.pop("metrics").reset_index().assign(**run).drop(columns=["base", "settings"]))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(), left_out
 
@@ -82,38 +78,34 @@ def _candidates(top: Path) -> list[Path]:
 
 def _run(folder: Path, root: Path) -> dict[str, Any]:
     """What is known of one run, with its metrics; a `UsageError` says why it cannot be read."""
-    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else None
-    result, metrics = result_of(folder), _metrics(folder)
-    losses = metrics.get("train_loss", metrics.index.to_series())
-    run = {
-        **{"folder": str(folder), "metrics": metrics, "base": _below(folder, root), "data": "data unknown"},
-        **{"seed": None, "lr": None, "trial": folder.parent.name == "trials", "settings": {}, "finished": True},
-        **{"monitor": result.get("monitor"), "mode": result.get("mode")},
-        "diverged": losses.last_valid_index() != metrics.index[-1],
-    }
-    if config is None:
-        return run
+    known = (folder / "config.yaml").exists()
+    config: dict[str, Any] = read_yaml(folder / "config.yaml") if known else {"trainer": {}}
+    result, metrics, trial = result_of(folder), _metrics(folder), folder.parent.name == "trials"
     callbacks = config["trainer"].get("callbacks") or []
     callbacks = [c for c in (callbacks if isinstance(callbacks, list) else [callbacks]) if not ONLOOKERS.search(str(c))]
-    settings = {k: v for k, v in flat(config).items() if k not in SEED} | {"trainer.callbacks": callbacks}
-    if run["trial"]:
-        base = _below(folder.parent.parent, root)
-    else:
+    settings = {key: value for key, value in flat(config).items() if key not in SEED} | {"callbacks": callbacks}
+    rate, seed = settings.get("model.optimizer.lr"), config.get("seed_everything")
+    if known and not trial:
         seeded = re.fullmatch(r"seed_\d+", folder.name)
         base = folder.parent.name if seeded else config["model"]["class_path"].rpartition(".")[2]
-    rate, seed = settings.get("model.optimizer.lr"), config.get("seed_everything")
-    return run | {
+    else:
+        place = folder.parent.parent if trial else folder
+        base = place.name if place == root else str(place.relative_to(root))
+    losses = metrics.get("train_loss", metrics.index.to_series())
+    return {
+        "folder": str(folder),
         "base": base,
+        "data": _data(settings) if known else "data unknown",
         "seed": seed if isinstance(seed, int) else None,
         "lr": None if rate is None else float(rate),  # YAML takes 1e-3 for text
-        "data": _data(settings),
         "settings": {key: json.dumps(value, sort_keys=True, default=str) for key, value in settings.items()},
-        "finished": finished(result),
+        "trial": trial,
+        "finished": finished(result) or not known,
+        "diverged": losses.last_valid_index() != metrics.index[-1],
+        "monitor": result.get("monitor"),
+        "mode": result.get("mode"),
+        "metrics": metrics,
     }
-
-
-def _below(folder: Path, root: Path) -> str:
-    return folder.name if folder == root else str(folder.relative_to(root))
 
 
 def _metrics(folder: Path) -> pd.DataFrame:

@@ -14,12 +14,11 @@ from lightning_danns.errors import UsageError
 # defaults of a study's runs; on several GPUs, Lightning would otherwise start the study's command once for each
 DEFAULTS = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.devices=1")
 
-NO_MATTER = {
+NO_MATTER = (  # settings that do not change what is trained
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.enable_checkpointing"),
     *("trainer.default_root_dir", "trainer.logger", "trainer.log_every_n_steps", "trainer.profiler"),
     *("data.data_dir", "data.num_workers"),
-}
-"""Settings that do not change what is trained (named as by `flat`)."""
+)
 
 
 def user_path(text: str) -> Path:
@@ -28,25 +27,25 @@ def user_path(text: str) -> Path:
 
 
 def parse(parser: ArgumentParser, args: Sequence[str], given: Sequence[str] = ()) -> tuple[Namespace, list[str]]:
-    """The command's options, and the arguments for ``fit``: all others, but for those that the command gives itself."""
+    """The command's options, and all others, for ``fit``; those that the command gives itself are refused."""
+    add = parser.add_argument
+    add("--jobs", type=int, default=1, help="processes on this machine (default: 1)")
+    several = "for several machines, e.g. postgresql://HOST/NAME (default: FOLDER/study.db, for one machine)"
+    add("--storage", metavar="URL", help=f"Optuna's, {several}")
     options, rest = parser.parse_known_args(args)
     for option in rest:
         if option.partition("=")[0] in ("--run_dir", "--ckpt_path", *given):
             raise UsageError(f"{option}: leave it out, {parser.prog} gives it to each run")
     if rest and not rest[0].startswith("-"):
         raise UsageError(f"{rest[0]!r} belongs to no option")
-    if options.jobs < 1:
-        raise UsageError(f"--jobs {options.jobs}: at least one process must work")
+    for number in ("jobs", "trials"):
+        if getattr(options, number, 1) < 1:
+            raise UsageError(f"--{number} {getattr(options, number)}: it must be at least 1")
     return options, rest
 
 
 def settings_of(args: Sequence[str]) -> dict[str, Any]:
-    """All settings, defaults too, of ``fit`` with these arguments, whatever way they are spelt.
-
-    Raises:
-        SystemExit: with status 2 and a line of text, for a mistake in them.
-        UsageError: they ask for more than one process.
-    """
+    """All settings, defaults too, of ``fit`` with these arguments, whatever way they are spelt; one process only."""
     from lightning_danns.cli import main
 
     text = io.StringIO()
@@ -63,24 +62,23 @@ def settings_of(args: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def flat(config: dict[str, Any], sections: Sequence[str] = ("model", "data", "trainer")) -> dict[str, Any]:
-    """Settings by dotted name, without ``init_args``, that change what is trained."""
-    named = (pair for section in sections for pair in _flat(config.get(section), section))
-    return {name: value for name, value in named if name not in NO_MATTER}
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted name, without ``init_args``, that change what is trained; the seed is not among them."""
 
+    def pairs(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from pairs(inner, name if key == "init_args" else f"{name}.{key}")
+        elif name not in NO_MATTER:
+            yield name, value
 
-def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, name if key == "init_args" else f"{name}.{key}")
-    else:
-        yield name, value
+    return dict(pair for section in ("model", "data", "trainer") for pair in pairs(config.get(section), section))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of the settings in which two configs differ."""
-    was, now = (flat(config, ("seed_everything", "model", "data", "trainer")) for config in (old, new))
-    return [(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)]
+    was, now = (flat(config) | {"seed_everything": config.get("seed_everything")} for config in (old, new))
+    return [(name, was.get(name), now.get(name)) for name in was | now if was.get(name) != now.get(name)]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -102,5 +100,4 @@ def result_of(folder: Path) -> dict[str, Any]:
 def finished(result: dict[str, Any], max_epochs: int | None = None) -> bool:
     """Whether nothing is left to train, also if ``max_epochs`` is more than the fit was asked for."""
     more = max_epochs is not None and not 0 <= max_epochs <= result.get("epochs", 0)
-    ended_by = result.get("ended_by")
-    return ended_by in ("max_steps", "max_time", "early_stopping") or (ended_by == "max_epochs" and not more)
+    return result.get("ended_by") in ("max_steps", "max_time", "early_stopping", *(() if more else ("max_epochs",)))
