@@ -88,8 +88,8 @@ _ROOMS = {
         "Task",
         "VGG",
     ),
-    "replicas": ("ReplicatedClassifier"),
-    "convert": ("daleify"),
+    "replicas": ("ReplicatedClassifier",),
+    "convert": ("daleify",),
     "data": (
         "CIFAR10DataModule",
         "FashionMNISTDataModule",
@@ -98,8 +98,8 @@ _ROOMS = {
         "MNIST5kDataModule",
         "MNISTDataModule",
     ),
-    "errors": ("UsageError"),
-    "testing": ("assert_dale"),
+    "errors": ("UsageError",),
+    "testing": ("assert_dale",),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +26,6 @@ from lightning_danns import (
     UsageError,
     project_,
 )
-from lightning_danns.checkpoints import LastCheckpoint
 from lightning_danns.testing import assert_dale
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
@@ -98,7 +98,7 @@ def test_in_single_precision_they_are_the_same_up_to_its_rounding(classifier):
         optimizer = model.configure_optimizers()
         for _ in range(5):
             optimizer.zero_grad()
-            model.shared_step((images, labels), "train").backward()
+            model.step((images, labels))[2].sum().backward()
             optimizer.step()
             project_(model)
     assert_same(many.replicas[1], run, rtol=1e-3, atol=1e-4)
@@ -140,7 +140,7 @@ def test_a_loop_without_a_trainer_gets_the_gradients_of_each_replica():
     model = ReplicatedClassifier(SMALL, [0, 1]).double()
     images, labels = torch.rand(6, 1, 28, 28).double(), torch.arange(6)
     for times in (1, 2):  # gradients add up until they are cleared
-        model.shared_step((images, labels), "train").backward()
+        model.step((images, labels))[2].sum().backward()
         for seed, replica in enumerate(model.replicas):
             run = single(SMALL, seed).double()
             (times * nn.functional.cross_entropy(run(images), labels)).backward()
@@ -184,7 +184,7 @@ def test_dropout_draws_other_units_for_each_replica():
 
 def test_all_replicas_obey_dale_and_a_run_resumes_where_it_stopped(data, make_trainer, tmp_path):
     straight, _ = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=3)
-    last = LastCheckpoint(str(tmp_path))
+    last = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
     fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2, enable_checkpointing=True, callbacks=[last])
     resumed = ReplicatedClassifier(functools.partial(SMALL, optimizer=MOMENTUM), [3, 8], [0.02, 0.003])
     trainer = make_trainer(max_epochs=3, enable_checkpointing=True)
@@ -228,7 +228,7 @@ def test_each_replica_is_saved_with_its_best_weights_and_all_metrics_in_one_tabl
 def test_validation_under_inference_mode_leaves_a_model_that_can_be_trained(classifier, data, make_trainer):
     model = classifier()
     (start,) = make_trainer().validate(model, datamodule=data, verbose=False)
-    model.shared_step((torch.rand(6, 1, 28, 28), torch.arange(6)), "train").backward()
+    model.step((torch.rand(6, 1, 28, 28), torch.arange(6)))[2].sum().backward()
     trainer = make_trainer(max_epochs=3)
     trainer.fit(model, datamodule=data)
     assert trainer.callback_metrics["val_loss"] < start["val_loss"]
@@ -288,9 +288,9 @@ def test_a_replica_that_diverges_ends_alone(data, make_trainer, tmp_path):
         fit([1e30])
 
 
-class OwnLoss(DANNMLP):
-    def shared_step(self, batch, stage):
-        return super().shared_step(batch, stage) / 2
+class OwnHook(DANNMLP):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / 2
 
 
 class NoNetwork(ImageClassifier):
@@ -307,7 +307,7 @@ class NoNetwork(ImageClassifier):
         ({"classifier": DANNMLP(hidden_sizes=[3])}, "give what makes one"),
         ({"classifier": nn.Identity}, "made a Identity, which is no ImageClassifier"),
         ({"classifier": NoNetwork}, "NoNetwork has no parameters: set self.network"),
-        ({"classifier": OwnLoss}, "OwnLoss has its own shared_step"),
+        ({"classifier": OwnHook}, "OwnHook has its own training_step"),
         ({"classifier": functools.partial(ReplicatedClassifier, SMALL, [0])}, "ReplicatedClassifier has its own"),
     ],
 )
@@ -327,8 +327,9 @@ PLATEAU = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, eps=0)
         ({"optimizer": torch.optim.LBFGS}, "LBFGS doesn't support per-parameter options"),
     ],
 )
-def test_an_optimizer_or_schedule_that_would_tie_the_replicas_together_is_refused(classifier, message):
+def test_an_optimizer_or_schedule_that_would_tie_the_replicas_together_is_refused(classifier, message, make_trainer):
     model = ReplicatedClassifier(functools.partial(SMALL, **classifier), seeds=[0, 1])
+    model.trainer = make_trainer()
     with pytest.raises(UsageError, match=message):
         model.configure_optimizers()
 
