@@ -1,6 +1,5 @@
 """What replicas need of a Trainer: diverged ones end alone, each is saved as a run of its own, all in one table."""
 
-import copy
 import csv
 import itertools
 import math
@@ -13,7 +12,6 @@ from typing import Any
 import pytorch_lightning as pl
 import yaml
 from pytorch_lightning.callbacks import Checkpoint
-from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_danns.callbacks import DaleProjection
 
@@ -68,16 +66,16 @@ class ReplicaCheckpoint(Checkpoint):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not hasattr(pl_module, "replicas") or not pl_module.history:
             return
-        rank_zero_info(_by_learning_rate(pl_module.history[-len(pl_module.replicas) :], *pl_module.best))
+        print(_by_learning_rate(pl_module.history[-len(pl_module.replicas) :], *pl_module.best))
         config = self._place / "0" / "config.yaml"
         if config.exists():
-            rank_zero_info(
+            print(
                 f"test replica 0:  python -m lightning_danns test --config {shlex.quote(str(config))} --ckpt_path best"
             )
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if hasattr(pl_module, "replicas"):
-            rank_zero_info(_by_learning_rate(pl_module.table(), *pl_module.best))
+            print(_by_learning_rate(pl_module.table(), *pl_module.best))
             _write(pl_module.table(), _unused(_folder(trainer), "replicas_test"))
 
 
@@ -120,11 +118,11 @@ def _write_config(of_all: Path, folder: Path, model: Any, index: int) -> None:
     """Give a replica the config of its single run, so that its folder is a run folder like any other."""
     if not of_all.exists() or (folder / "config.yaml").exists():
         return
-    config = yaml.safe_load(of_all.read_text())
+    config: dict[str, Any] = yaml.safe_load(of_all.read_text())
     classifier = config.get("model", {}).get("init_args", {}).get("classifier")
     if classifier is None:
         return  # made by somebody's function, which no config can name
-    single = {"class_path": classifier} if isinstance(classifier, str) else copy.deepcopy(classifier)
+    single: dict[str, Any] = {"class_path": classifier} if isinstance(classifier, str) else classifier
     settings, replica = model.settings(index), model.replicas[index]
     if "learning_rate" in settings:
         single.setdefault("init_args", {})["optimizer"] = replica.hparams["optimizer"]

@@ -205,8 +205,8 @@ class ReplicatedClassifier(ImageClassifier):
                 alone = replica(images)
                 if bool((alone - together).norm() > 0.1 * alone.norm()):
                     raise UsageError(
-                        f"{type(replica).__name__} computes other outputs in a stack than alone: replicas may differ in "
-                        "parameters and buffers alone (register_buffer keeps other tensors)"
+                        f"{type(replica).__name__} computes other outputs in a stack than alone: replicas may differ "
+                        "in parameters and buffers alone (register_buffer keeps other tensors)"
                     )
             elif bool(together.isfinite().all()):  # it has not diverged
                 replica(images)
@@ -243,7 +243,7 @@ class ReplicatedClassifier(ImageClassifier):
             for place, mean in self.metrics_of(stage).named_modules():
                 if isinstance(mean, Metric):
                     of_each = [replica.metrics_of(stage).get_submodule(place) for replica in self.replicas]
-                    values = torch.stack([metric.compute() for metric in of_each])  # type: ignore[operator]
+                    values = torch.stack([metric.compute() for metric in of_each])
                     mean.reset()
                     mean.update(values)
                     name = f"{stage}_{place.rpartition('.')[2]}"
@@ -329,10 +329,11 @@ class ReplicatedClassifier(ImageClassifier):
         return configured
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """`ReplicaProjection` instead of `DaleProjection`, and `ReplicaCheckpoint` where the Trainer saves."""
+        """`ReplicaProjection` instead of `DaleProjection`, and `ReplicaCheckpoint` where the Trainer writes."""
         present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         projected = any(isinstance(c, DaleProjection) and type(c) is not DaleProjection for c in present)
-        saved = any(isinstance(c, ReplicaCheckpoint) for c in present) or not self.trainer.checkpoint_callbacks
+        writes = self.trainer.checkpoint_callbacks or (self.trainer.testing and self.trainer.loggers)
+        saved = any(isinstance(c, ReplicaCheckpoint) for c in present) or not writes
         return [*([] if projected else [ReplicaProjection()]), *([] if saved else [ReplicaCheckpoint()])]
 
 
@@ -377,8 +378,5 @@ def _set_rate(replica: ImageClassifier, rate: float) -> None:
     factory: Callable = replica.optimizer_factory
     if factory is inspect.signature(DaleLightningModule).parameters["optimizer"].default:
         factory = torch.optim.SGD
-    parameters = inspect.signature(factory).parameters.values()
-    if not any(p.name == "lr" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        raise UsageError("learning_rates need an optimizer that takes lr: give one such as partial(SGD, momentum=0.9)")
     replica.optimizer_factory = functools.partial(factory, lr=rate)
     replica.hparams["optimizer"] = plain(replica.optimizer_factory)
