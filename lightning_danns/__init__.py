@@ -49,59 +49,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "layers": (
-        "ColumnEILinear",
-        "DANNConv2d",
-        "DANNLinear",
-        "DaleModule",
-        "project_",
-    ),
-    "optim": (
-        "DiagonalNGD",
-        "Sequential",
-        "WarmupCosine",
-        "fisher_param_groups",
-        "fisher_ratios",
-        "measured_factors",
-    ),
-    "callbacks": (
-        "CosineStepControl",
-        "DaleDiagnostics",
-        "DaleProjection",
-        "FisherMonitor",
-        "LayerGradientClipping",
-        "Unfreeze",
-    ),
+    "layers": "ColumnEILinear DANNConv2d DANNLinear DaleModule project_",
+    "optim": "DiagonalNGD Sequential WarmupCosine fisher_param_groups fisher_ratios measured_factors",
+    "callbacks": ("CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping Unfreeze"),
     "modules": (
-        "Classification",
-        "ColumnEIMLP",
-        "ConvNet",
-        "DANNConvNet",
-        "DANNMLP",
-        "DANNResNet",
-        "DANNVGG",
-        "DaleLightningModule",
-        "ImageClassifier",
-        "MLP",
-        "Regression",
-        "ResNet",
-        "Task",
-        "VGG",
+        "Classification ColumnEIMLP ConvNet DANNConvNet DANNMLP DANNResNet DANNVGG DaleLightningModule "
+        "ImageClassifier MLP Regression ResNet Task VGG"
     ),
-    "replicas": ("ReplicatedClassifier",),
-    "convert": ("daleify",),
+    "replicas": "ReplicatedClassifier",
+    "convert": "daleify",
     "data": (
-        "CIFAR10DataModule",
-        "FashionMNISTDataModule",
-        "ImageDataModule",
-        "KMNISTDataModule",
-        "MNIST5kDataModule",
-        "MNISTDataModule",
+        "CIFAR10DataModule FashionMNISTDataModule ImageDataModule KMNISTDataModule MNIST5kDataModule MNISTDataModule"
     ),
-    "errors": ("UsageError",),
-    "testing": ("assert_dale",),
+    "errors": "UsageError",
+    "testing": "assert_dale",
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
 __all__ = sorted(_ROOM_OF)
 

@@ -65,10 +65,12 @@ class DANNFamily:
 class StandardFamily:
     """Ordinary units, whose weights have any sign, with an optional normalisation of the hidden layers.
 
-    W ~ N(0, k/d) for d inputs per unit; k = 1 in a first dense layer, 2 elsewhere; b = 0.
+    W ~ N(0, k/d) for d inputs per unit; k = 1 in a first dense layer, 2 elsewhere; b = 0. Convolutions may go without
+    a bias (``conv_bias``), where a normalisation has one.
     """
 
     norm: Norm = "none"
+    conv_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):
@@ -85,7 +87,7 @@ class StandardFamily:
             raise UsageError("norm='layer': convolutional networks have 'none', 'group', 'batch' or 'centred'")
         norms = {"group": [nn.GroupNorm(1, n)], "batch": [nn.BatchNorm2d(n)]}
         norm = norms.get(self.norm, [])
-        conv = nn.Conv2d(c, n, kernel, stride, padding=kernel // 2, bias=not norm)  # a norm has a bias of its own
+        conv = nn.Conv2d(c, n, kernel, stride, padding=kernel // 2, bias=self.conv_bias)
         nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel**2 * c)))
         return self._normalised(conv, norm)
 

@@ -1,6 +1,8 @@
 """The command line: one folder per run, and commands that follow on each other (refusals: test_wrong_use)."""
 
 import csv
+import shlex
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -9,12 +11,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from conftest import QUIET, SMALL
 
-import lightning_danns.cli as cli
-from lightning_danns import DANNMLP, run_folder
+from lightning_danns import DANNMLP
+from lightning_danns.cli import run_folder
 
 
 def fit(run, *args, run_dir="run", **kwargs):
@@ -40,7 +43,7 @@ def test_a_run_is_one_folder_that_can_be_tested_predicted_and_reloaded(run, data
 
     # what the fit printed at its end is a command that works
     assert "val_accuracy" in output
-    command = output.split("python train.py ")[1].split()
+    command = shlex.split(output.split("python train.py ")[1].splitlines()[0])
     tested = run(*command, *QUIET)
     assert "test_accuracy" in tested
     (row,) = metrics(folder / "test" / "metrics.csv")
@@ -62,7 +65,7 @@ def test_a_config_of_one_run_starts_another_without_touching_the_first(run, data
     assert (data_dir / "again" / "checkpoints" / "last.ckpt").exists()
     assert (data_dir / "again" / "config.yaml").exists()
     assert (data_dir / "run" / "checkpoints" / "last.ckpt").read_bytes() == before
-    assert yaml.safe_load((data_dir / "run" / "config.yaml").read_text())["run_dir"] == "run"
+    assert "run_dir" not in yaml.safe_load((data_dir / "run" / "config.yaml").read_text())  # it may be moved
 
 
 @pytest.mark.parametrize("logger", [[], ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=elsewhere"]])
@@ -71,8 +74,7 @@ def test_best_and_last_name_checkpoints_of_the_run_whatever_its_logger(run, data
     assert "test_accuracy" in run("test", "--config=run/config.yaml", "--ckpt_path=best", *QUIET)
     assert "test_accuracy" in run("test", "--config=run/config.yaml", "--ckpt_path=last", *QUIET)
     for name, epochs in (("best", 3), ("last", 4)):
-        output = fit(run, *logger, f"--ckpt_path={name}", f"--trainer.max_epochs={epochs}")
-        assert f"run/checkpoints/{name}.ckpt" in output  # restored
+        fit(run, *logger, f"--ckpt_path={name}", f"--trainer.max_epochs={epochs}")
         assert torch.load(data_dir / "run" / "checkpoints" / "last.ckpt")["global_step"] == 5 * epochs
 
 
@@ -118,8 +120,6 @@ def test_sizes_come_from_the_data(run, tmp_path):
     try:
         args = [*SMALL[:3], *QUIET, "--trainer.max_epochs=1", "--run_dir=run"]
         run("fit", *args, "--data=mydata.Small", "--data.val_size=9")
-        output = run("fit", *args, "--data=mydata.Shapeless", "--run_dir=other", status=2)
-        assert "Shapeless has no attribute 'image_shape'" in output
     finally:
         sys.path.remove(str(tmp_path))
     model = DANNMLP.load_from_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -132,25 +132,11 @@ def test_debug_runs_leave_no_checkpoint_behind(run, data_dir):
     assert "weights" not in output
 
 
-def test_only_the_trainers_own_progress_bar_is_redrawn_seldom(run):
-    bars = []
-    for options in ([], ["--trainer.callbacks+=TQDMProgressBar", "--trainer.callbacks.refresh_rate=3"]):
-        fit = cli.main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", *options])
-        bars.append(fit.trainer.progress_bar_callback.refresh_rate)
-    assert bars == [20, 3]
-
-
-def test_a_profiler_that_is_asked_for_measures(run):
-    for option, measures in (([], False), (["--trainer.profiler=simple"], True)):
-        trainer = cli.main(["fit", *SMALL, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", *option]).trainer
-        assert ("run_training_batch" in trainer.profiler.summary()) == measures
-
-
 def test_the_published_protocol_trains_on_all_images_and_selects_nothing(run, data_dir):
     output = fit(run, "--data.val_size=0", "--data.test_each_epoch=true")
     assert [path.name for path in (data_dir / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
     errors = [float(row["test_accuracy"]) for row in metrics(data_dir / "run" / "metrics.csv") if row["test_accuracy"]]
-    tested = run(*output.split("python train.py ")[1].split(), *QUIET)
+    tested = run(*shlex.split(output.split("python train.py ")[1].splitlines()[0]), *QUIET)
     assert f"test_accuracy {errors[-1]:.4f}" in tested
     assert len(errors) == 2
 
@@ -163,3 +149,113 @@ def test_a_run_records_what_it_was_made_with(run, data_dir):
     git = ["git", "-C", str(Path(run_folder.__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     assert (environment["commit"] or "")[:40] == commit  # both empty outside a repository
+
+
+def test_a_moved_run_goes_on_where_it_is_and_remembers_its_best(run, data_dir):
+    fit(run)
+    shutil.move(data_dir / "run", data_dir / "my runs")
+    folder = data_dir / "my runs"
+    best = torch.load(folder / "checkpoints" / "best.ckpt")["epoch"]
+    output = run("fit", "--config=my runs/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=3")
+    assert not (data_dir / "run").exists()
+    assert "test --config 'my runs/config.yaml' --ckpt_path best" in output
+    saved = torch.load(folder / "checkpoints" / "last.ckpt")
+    assert saved["global_step"] == 15
+    (state,) = [value for name, value in saved["callbacks"].items() if name.startswith("BestCheckpoint")]
+    assert state["best_model_path"] == str(folder / "checkpoints" / "best.ckpt")
+    rows = [row for path in folder.glob("metrics*.csv") for row in metrics(path)]
+    scores = [float(row["val_accuracy"]) for row in rows if row["val_accuracy"]]
+    assert float(state["best_model_score"]) == pytest.approx(max(scores))
+    assert torch.load(folder / "checkpoints" / "best.ckpt")["epoch"] >= best
+
+
+class Spoil(pl.Callback):
+    """Makes an epoch of chance."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        for parameter in pl_module.parameters():
+            parameter.data.zero_()
+
+
+@pytest.mark.parametrize("spelling", ["run", "./run", "{cwd}/run", "../{name}/run"])
+def test_a_worse_epoch_never_replaces_the_best_under_any_spelling_of_the_folder(run, data_dir, spelling):
+    fit(run)
+    before = (data_dir / "run" / "checkpoints" / "best.ckpt").read_bytes()
+    spelling = spelling.format(cwd=data_dir, name=data_dir.name)
+    spoil = "--trainer.callbacks=test_cli.Spoil"
+    fit(run, "--ckpt_path=last", "--trainer.max_epochs=3", spoil, "--trainer.limit_train_batches=1", run_dir=spelling)
+    assert (data_dir / "run" / "checkpoints" / "best.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("options", "lowest_loss"), [([], False), (["--best_checkpoint.monitor=val_loss"], True)])
+def test_the_best_epoch_is_that_of_the_metric_asked_for(run, data_dir, options, lowest_loss):
+    fit(run, *options, "--trainer.max_epochs=4", "--model.optimizer=SGD", "--model.optimizer.lr=0.5")
+    rows = [row for row in metrics(data_dir / "run" / "metrics.csv") if row["val_loss"]]
+    kept = torch.load(data_dir / "run" / "checkpoints" / "best.ckpt")["epoch"]
+    if lowest_loss:
+        assert kept == min(range(4), key=lambda k: float(rows[k]["val_loss"]))
+    else:
+        assert kept == max(range(4), key=lambda k: float(rows[k]["val_accuracy"]))
+    result = yaml.safe_load((data_dir / "run" / "result.yaml").read_text())
+    assert (result["ended_by"], result["epochs"]) == ("max_epochs", 4)
+    assert result["best"] == pytest.approx(float(rows[kept][result["monitor"]]))
+
+
+def test_several_best_epochs_are_kept_under_names_of_their_own(run, data_dir):
+    fit(run, "--best_checkpoint.save_top_k=2", "--trainer.max_epochs=3")
+    names = {path.name for path in (data_dir / "run" / "checkpoints").iterdir()}
+    assert len(names) == 3
+    assert all(name == "last.ckpt" or name.startswith("best-epoch=") for name in names)
+
+
+ENDS = {
+    "max_steps": ["--trainer.max_steps=3"],
+    "max_time": ["--trainer.max_time=00:00:00:01", "--trainer.max_epochs=100000"],
+    "early_stopping": [
+        "--trainer.max_epochs=9", "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val_loss",
+        "--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=99",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ended_by", ENDS)
+def test_a_result_says_why_the_fit_ended(run, data_dir, ended_by):
+    fit(run, *ENDS[ended_by])
+    assert yaml.safe_load((data_dir / "run" / "result.yaml").read_text())["ended_by"] == ended_by
+
+
+OWN = """
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_danns import DANNLinear, Regression
+
+class Line(Regression):
+    def __init__(self, width: int = 8, **kwargs):
+        super().__init__(**kwargs)
+        self.network = torch.nn.Sequential(DANNLinear(3, width, 1), torch.nn.ReLU(), torch.nn.Linear(width, 1))
+
+class Plain(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+    def training_step(self, batch, batch_idx):
+        return (self.layer(batch[0]) - batch[1]).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Points(pl.LightningDataModule):
+    def train_dataloader(self):
+        x = torch.rand(40, 3)
+        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size=8)
+    val_dataloader = train_dataloader
+"""
+
+
+def test_any_module_and_any_data_of_ones_own_run(run, data_dir):
+    (data_dir / "mine.py").write_text(OWN)
+    run("fit", "--model=mine.Line", "--data=mine.Points", "--run_dir=run", "--trainer.max_epochs=2", *QUIET)
+    result = yaml.safe_load((data_dir / "run" / "result.yaml").read_text())
+    assert (result["monitor"], result["mode"]) == ("val_loss", "min")
+    run("fit", "--model=mine.Plain", "--data=mine.Points", "--run_dir=plain", "--trainer.max_epochs=1", *QUIET)
+    assert (data_dir / "plain" / "checkpoints" / "last.ckpt").exists()

@@ -32,7 +32,7 @@ from lightning_danns import (
     project_,
 )
 from lightning_danns.layers import sign_violations
-from lightning_danns.optim import clip_layers_, fisher_optimizer, scale_learning_rates_
+from lightning_danns.optim import clip_layers_, fisher_optimizer
 
 
 class Shifted(DaleModule):
@@ -161,20 +161,8 @@ class Toggled(DANNMLP):
         for optimizer in self.optimizers():
             with optimizer.toggle_model():
                 optimizer.zero_grad()
-                self.manual_backward(self.shared_step(batch, "train"))
+                self.manual_backward(self.step(batch)[2])
                 optimizer.step()
-
-
-class Secret(DANNMLP):
-    """Steps with an optimizer that the Trainer has never seen."""
-
-    automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        optimizer = SGD(self.parameters(), lr=1.0)
-        optimizer.zero_grad()
-        self.shared_step(batch, "train").backward()
-        optimizer.step()
 
 
 class OwnStep(DANNMLP):
@@ -215,7 +203,6 @@ FITS = {  # module, Trainer
     "averaging of columns": (functools.partial(make, ColumnEIMLP), {"callbacks": lambda: [WeightAveraging()]}),
     "SWA": (functools.partial(make, correction="none"), {"callbacks": lambda: [SWA()], "max_epochs": 3}),
     "two optimizers": (functools.partial(make, Toggled), {}),
-    "an unknown optimizer": (functools.partial(make, Secret), {}),
     "replaced optimizers": (make, {"callbacks": lambda: [Replace()]}),
     "own optimizer_step": (functools.partial(make, OwnStep), {}),
     "anomaly detection": (make, {"detect_anomaly": True}),
@@ -284,9 +271,9 @@ def test_weights_that_are_not_numbers_end_the_fit_and_reach_no_checkpoint(make_t
 
 def test_a_loss_that_is_not_a_number_shows_in_the_mean(make_trainer):
     class Diverging(MLP):
-        def shared_step(self, batch, stage):
+        def step(self, batch):
             batch[0][0, 0, 0, 0] = math.nan if self.global_step == 3 else 0.5
-            return super().shared_step(batch, stage)
+            return super().step(batch)
 
     trainer = make_trainer()
     trainer.fit(make(Diverging, lr=0.0), train_dataloaders=InMemory().train_dataloader())
@@ -372,13 +359,12 @@ def test_a_factor_is_applied_once_in_any_sequence_of_fits_and_resumptions(make_t
     assert steps(loaded, 1)[0] == straight[0]
 
 
-def test_factors_applied_twice_are_refused():
+def test_factors_are_applied_once():
     model = DANNLinear(9, 6, 2)
-    with pytest.raises(UsageError, match=r"learning rates of SGD from .* to 0\.1.*once"):
-        fisher_optimizer(SGD, fisher_param_groups(model, lr=0.1))
-    optimizer = fisher_optimizer(functools.partial(SGD, lr=0.1), fisher_param_groups(model))
-    with pytest.raises(UsageError, match="once"):
-        scale_learning_rates_(optimizer)
+    ready = fisher_param_groups(model, lr=0.1)
+    for factory in (SGD, functools.partial(SGD, lr=0.7)):  # groups with a rate of their own keep it
+        for group, given in zip(fisher_optimizer(factory, ready).param_groups, ready, strict=True):
+            assert group["lr"] == given["lr"] == pytest.approx(0.1 * group["lr_scale"])
 
 
 def test_the_tuner_cannot_search_rates_without_factors_nor_without_projection(make_trainer):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from lightning_danns import DaleModule, DANNLinear, UsageError, fisher_param_groups
-from lightning_danns.optim import fisher_optimizer, rehearse_scheduler, require_factors
+from lightning_danns import DaleModule, DANNLinear, Sequential, UsageError, WarmupCosine, fisher_param_groups
+from lightning_danns.optim import fisher_optimizer, rehearse, require_factors
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -124,7 +124,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", KEPT)
 def test_multiplicative_schedulers_pass_and_keep_the_factors(model, name):
     optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
-    rehearse_scheduler(KEPT[name], optimizer)
+    rehearse(KEPT[name], optimizer)
     scheduler = KEPT[name](optimizer)
     for _ in range(9):
         optimizer.step()
@@ -137,10 +137,10 @@ def test_multiplicative_schedulers_pass_and_keep_the_factors(model, name):
 def test_schedulers_with_absolute_rates_are_refused_before_training(model, name):
     optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
     before = [group["lr"] for group in optimizer.param_groups]
-    with pytest.raises(UsageError, match=rf"{name}.*destroy the learning-rate factors.*StepLR"):
-        rehearse_scheduler(BROKEN[name], optimizer)
+    with pytest.raises(UsageError, match=rf"{name}.*destroy the learning-rate factors.*WarmupCosine"):
+        rehearse(BROKEN[name], optimizer)
     assert [group["lr"] for group in optimizer.param_groups] == before  # rehearsed on a stand-in
-    rehearse_scheduler(BROKEN[name], SGD(fisher_param_groups(model, "none")))  # nothing to destroy
+    rehearse(BROKEN[name], SGD(fisher_param_groups(model, "none")))  # nothing to destroy
 
 
 def test_lbfgs_is_refused_with_the_way_out(model):
@@ -167,12 +167,85 @@ def test_a_tensor_rate_shared_by_the_groups_is_scaled_for_each(model):
         assert float(group["lr"]) == pytest.approx(0.1 * group["lr_scale"])
 
 
-def test_a_group_added_without_factors_is_refused(model):
+def test_groups_of_somebodys_own_pass(model):
     optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.1})
-    with pytest.raises(UsageError, match="added a parameter group without learning-rate factors"):
-        require_factors(optimizer, "finetuning")
-    require_factors(SGD(model.parameters()), "nobody")  # somebody's own optimizer
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.7})
+    require_factors(optimizer, "nobody")
+    require_factors(SGD(model.parameters()), "nobody")
+
+
+def test_parts_have_base_rates_of_their_own_and_keep_their_factors(model):
+    groups = fisher_param_groups(model, lr=0.1, rates={"0": 0.25, "4.Wei": 0.5})
+    rates = {
+        name: group["lr"] for group in groups for p in group["params"] for name, q in model.named_parameters() if q is p
+    }
+    assert rates["0.Wex"] == pytest.approx(0.1 * 0.25)
+    assert rates["0.Wei"] == pytest.approx(0.1 * 0.25 / 9)
+    assert rates["4.Wei"] == pytest.approx(0.1 * 0.5 / 6)
+    assert rates["2.weight"] == pytest.approx(0.1)
+    optimizer = fisher_optimizer(SGD, fisher_param_groups(model, rates={"0": 0.25}))
+    for given, made in zip(fisher_param_groups(model, lr=0.1, rates={"0": 0.25}), optimizer.param_groups, strict=True):
+        assert made["lr"] == pytest.approx(given["lr"])
+    optimizer.param_groups[1]["lr"] *= 2
+    with pytest.raises(UsageError, match=r"'0\.Wix'"):
+        require_factors(optimizer, "a callback")
+    with pytest.raises(UsageError, match="'head'"):
+        fisher_param_groups(model, rates={"head": 0.1})
+
+
+def test_weights_alone_decay(model):
+    groups = fisher_param_groups(model, weight_decay=0.01)
+    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert {p: decays[p] for p in model.parameters()} == {p: 0.01 if p.dim() > 1 else 0.0 for p in model.parameters()}
+
+
+def test_groups_say_which_parameters_are_signed(model):
+    signed = [name for group in fisher_param_groups(model) for name in group["signed"]]
+    assert sorted(signed) == sorted(f"{k}.{name}" for k in "04" for name in ("Wex", "Wix", "Wei", "g"))
+
+
+def test_a_correction_of_ones_own_is_a_function_from_the_model(model):
+    def slow_inhibition(model):
+        return {name: 0.1 for name, _ in model.named_parameters() if name.endswith("Wix")}
+
+    factors = factor_by_name(model, fisher_param_groups(model, slow_inhibition))
+    assert {name for name, factor in factors.items() if factor != 1} == {"0.Wix", "4.Wix"}
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 0.25])
+def test_warmup_and_cosine_scale_every_rate_alike(model, warmup):
+    optimizer = fisher_optimizer(SGD, fisher_param_groups(model))
+    scheduler = WarmupCosine(optimizer, total=12, warmup=warmup, floor=0.1)
+    w = 3 if warmup else 0
+    for t in range(13):
+        expected = (t + 1) / w if t < w else 0.1 + 0.9 * (1 + math.cos(math.pi * (t - w) / (12 - w))) / 2
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(0.1 * expected * group["lr_scale"])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedules_in_a_row_equal_torchs_and_go_on_from_a_state(model):
+    makers = [
+        functools.partial(schedulers.LinearLR, total_iters=3),
+        functools.partial(schedulers.ExponentialLR, gamma=0.5),
+    ]
+
+    def both():
+        ours, theirs = (fisher_optimizer(SGD, fisher_param_groups(model)) for _ in range(2))
+        sequence = schedulers.SequentialLR(theirs, [make(theirs) for make in makers], milestones=[3])
+        return (ours, Sequential(ours, makers, [3])), (theirs, sequence)
+
+    (ours, sequence), (theirs, their_sequence) = both()
+    for step in range(8):
+        if step == 5:
+            states = ours.state_dict(), sequence.state_dict()
+            (ours, sequence), _ = both()
+            ours.load_state_dict(states[0])
+            sequence.load_state_dict(states[1])
+        for stepped in (ours, sequence, theirs, their_sequence):
+            stepped.step()
+        assert [g["lr"] for g in ours.param_groups] == pytest.approx([g["lr"] for g in theirs.param_groups])
 
 
 def test_an_optimizer_that_ignores_the_groups_or_refuses_its_settings_is_refused(model):

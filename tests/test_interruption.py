@@ -20,7 +20,7 @@ from torch import nn
 
 import lightning_danns.cli as cli
 from lightning_danns import DANNLinear, ImageClassifier
-from lightning_danns.checkpoints import AtomicCheckpointIO
+from lightning_danns.cli.checkpoints import AtomicCheckpointIO
 
 EPOCHS, STEPS = 3, 10  # of 100 images in batches of 10
 

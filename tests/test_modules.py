@@ -1,16 +1,17 @@
 """The LightningModules: metrics, checkpoints, subclassing and sizes."""
 
 import functools
+import math
+import pickle
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_danns import DANNMLP, MLP, DANNLinear, ImageClassifier, MNISTDataModule, UsageError
-from lightning_danns.checkpoints import LastCheckpoint
 from lightning_danns.testing import assert_dale
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
@@ -61,8 +62,8 @@ def test_the_control_has_he_normal_weights_and_the_norm_asked_for(norm):
 def test_wrong_sizes_are_refused_by_value(arguments, message):
     with pytest.raises(UsageError, match=message):
         DANNMLP(**{"hidden_sizes": [8, 8], **arguments})
-    with pytest.raises(UsageError, match="norm='group'"):
-        MLP(norm="group")
+    with pytest.raises(UsageError, match="norm='instance'"):
+        MLP(norm="instance")
 
 
 def test_logged_metrics_equal_those_of_a_loop(data, make_trainer):
@@ -85,7 +86,7 @@ def test_train_metrics_cover_each_epoch_alone(data, make_trainer):
 
     class Record(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            seen.append(float(pl_module.metrics["train_loss"].weight))
+            seen.append(float(pl_module.metrics_of("train")["loss"].weight))
 
     make_trainer(max_epochs=2, callbacks=[Record()]).fit(DANNMLP(hidden_sizes=[12], optimizer=SGD), datamodule=data)
     assert seen == [150, 150]
@@ -119,7 +120,8 @@ def test_checkpoints_reload_from_the_path_alone(data, make_trainer, tmp_path):
     x = torch.rand(4, 1, 28, 28)
     assert torch.equal(again(x), model(x))
     assert again.hparams == model.hparams
-    assert again.correction == "none"
+    assert again.hparams.correction == "none"
+    assert again.optimizer_factory([nn.Parameter(torch.ones(1))]).defaults["lr"] == 0.05
     hyper_parameters = torch.load(path, weights_only=True)["hyper_parameters"]
     assert not any(callable(value) for value in hyper_parameters.values())
 
@@ -150,22 +152,55 @@ def test_resuming_continues_exactly(data, make_trainer, tmp_path):
         pl.seed_everything(0, verbose=False)
         return DANNMLP(hidden_sizes=[12], optimizer=functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9))
 
-    straight = fresh()
-    make_trainer(max_epochs=1).fit(straight, datamodule=data)
-    half, path = straight, tmp_path / "half.ckpt"
-    trainer = make_trainer(max_epochs=1)
-    half = fresh()
-    trainer.fit(half, datamodule=data)
-    trainer.save_checkpoint(path)
-    assert torch.equal(half.network[1].Wex, straight.network[1].Wex)
-    results = []
-    for _ in range(2):
-        resumed = fresh()
-        torch.manual_seed(5)
-        make_trainer(max_epochs=3).fit(resumed, datamodule=data, ckpt_path=path)
-        results.append(resumed.network[1].Wex)
-    assert torch.equal(*results)
-    assert not torch.equal(results[0], straight.network[1].Wex)
+    straight, half, resumed = fresh(), fresh(), fresh()
+    pl.seed_everything(0, verbose=False)
+    make_trainer(max_epochs=3).fit(straight, datamodule=data)
+    pl.seed_everything(0, verbose=False)
+    _, path = fit_and_save(half, data, make_trainer, tmp_path, max_epochs=1)
+    pl.seed_everything(0, verbose=False)
+    make_trainer(max_epochs=3).fit(resumed, datamodule=data, ckpt_path=path)
+    assert not torch.equal(half.network[1].Wex, straight.network[1].Wex)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_arguments_are_kept_as_plain_values_and_what_cannot_is_named(data, make_trainer, tmp_path):
+    model = DANNMLP(
+        hidden_sizes=np.array([12, 9]), ni=range(1, 3),
+        optimizer=functools.partial(torch.optim.SGD, lr=np.float64(0.3)),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), correction=slow_inhibition,
+    )  # fmt: skip
+    _, path = fit_and_save(model, data, make_trainer, tmp_path)
+    kept = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert kept["hidden_sizes"] == [12, 9]
+    assert kept["ni"] == [1, 2]
+    assert kept["optimizer"] == {"class_path": "torch.optim.sgd.SGD", "init_args": {"lr": 0.3}}
+    with pytest.warns(UserWarning, match="could not keep lr_scheduler=<function"):
+        again = DANNMLP.load_from_checkpoint(path)
+    assert again.correction is slow_inhibition
+    with pytest.raises(UsageError, match=r"load_from_checkpoint\(path, lr_scheduler=...\)"):
+        make_trainer().fit(again, datamodule=data)
+    pickle.loads(pickle.dumps(DANNMLP.load_from_checkpoint(path, lr_scheduler=None)))
+
+
+def slow_inhibition(model):
+    return {name: 0.1 for name, _ in model.named_parameters() if name.endswith("Wix")}
+
+
+class Seven(DANNMLP):
+    """Passes an argument of its base by itself."""
+
+    def __init__(self, **kwargs):
+        super().__init__(num_classes=7, **kwargs)
+
+
+def test_an_argument_that_a_subclass_fixes_does_not_stand_in_the_way(data_dir, make_trainer, tmp_path):
+    trainer = make_trainer()
+    model = Seven(hidden_sizes=[3])
+    assert "num_classes" not in model.hparams
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "seven.ckpt", weights_only=True)
+    assert Seven.load_from_checkpoint(tmp_path / "seven.ckpt").network[-1].ne == 7
 
 
 def test_a_checkpoint_of_another_network_is_refused(data, make_trainer, tmp_path):
@@ -207,77 +242,28 @@ def test_schedulers_step_once_an_epoch_and_scale_every_group(data, make_trainer)
 
 
 def test_reduce_on_plateau_follows_the_validation_loss(data, make_trainer):
-    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, eps=0)
-    model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
-    make_trainer(max_epochs=2).fit(model, datamodule=data)
+    losses, rates = [], []
 
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-STEPPED = {  # options of the Trainer, epochs after which a scheduler steps
-    "as it is": ({}, [0, 1]),
-    "validation within epochs": ({"val_check_interval": 0.3}, [0, 1]),
-    "accumulation": ({"accumulate_grad_batches": 4}, [0, 1]),
-    "limited epochs": ({"limit_train_batches": 2}, [0, 1]),
-    "an end within an epoch": ({"max_steps": 8}, [0]),
-    "new loaders": ({"reload_dataloaders_every_n_epochs": 1}, [0, 1]),
-    "validation of every other epoch": ({"check_val_every_n_epoch": 2}, [1]),
-}
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                losses.append(float(trainer.callback_metrics["val_loss"]))
 
-
-@pytest.mark.parametrize("name", STEPPED)
-def test_a_plateau_scheduler_steps_once_for_each_validation_of_an_epoch_in_every_fit(name, data, make_trainer):
-    options, expected = STEPPED[name]
-    stepped = []
-
-    class Recording(torch.optim.lr_scheduler.ReduceLROnPlateau):
-        def step(self, metrics, epoch=None):
-            super().step(metrics)
-            if len(self.optimizer.param_groups[0]["params"]) > 1:  # not the rehearsal
-                stepped.append((trainer.current_epoch, float(metrics)))
-
-    model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=functools.partial(Recording, eps=0))
-    for _ in range(2):
-        stepped.clear()
-        trainer = make_trainer(max_epochs=2, **options)
-        trainer.fit(model, datamodule=data)
-        assert [epoch for epoch, _ in stepped] == expected
-        assert stepped[-1][1] == pytest.approx(float(trainer.callback_metrics["val_loss"]))
-
-
-@pytest.mark.parametrize("interval", [0.5, 1.0])
-def test_a_fit_goes_on_from_a_checkpoint_of_any_validation(interval, data, make_trainer, tmp_path):
-    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, eps=0, patience=0)
-    train_metrics = []
-
-    def fit(epochs, **kwargs):
-        pl.seed_everything(0)
-        model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
-        keep = ModelCheckpoint(tmp_path, "{step}", save_on_train_epoch_end=False, save_top_k=-1)
-        trainer = make_trainer(
-            max_epochs=epochs, val_check_interval=interval, enable_checkpointing=True, callbacks=[keep]
-        )
-        trainer.fit(model, datamodule=data, **kwargs)
-        train_metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-        return model.state_dict()
-
-    fit(1)
-    paths = sorted(tmp_path.glob("*.ckpt"))
-    assert len(paths) == 1 / interval
-    for path in paths:
-        resumed, straight = fit(2, ckpt_path=path), fit(2)
-        assert all(torch.equal(resumed[name], straight[name]) for name in straight)
-        fit(1, ckpt_path=path)
-        assert train_metrics[-1].items() >= {k: v for k, v in train_metrics[0].items() if k.startswith("train")}.items()
-
-
-def test_the_checkpoint_of_an_epoch_holds_its_plateau_step(data, make_trainer, tmp_path):
-    plateau = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, eps=0)
-    model = DANNMLP(hidden_sizes=[12], optimizer=SGD, lr_scheduler=plateau)
-    saved = LastCheckpoint(str(tmp_path))
-    trainer = make_trainer(max_epochs=2, enable_checkpointing=True, callbacks=[saved])
-    trainer.fit(model, datamodule=data)
-    state = trainer.lr_scheduler_configs[0].scheduler.state_dict()
-    assert state["last_epoch"] == 2
-    assert torch.load(tmp_path / "last.ckpt")["lr_schedulers"] == [state]
+    plateau = functools.partial(
+        torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, factor=0.5, eps=0, threshold=0.5
+    )
+    model = DANNMLP(hidden_sizes=[12], optimizer=functools.partial(torch.optim.SGD, lr=0.3), lr_scheduler=plateau)
+    make_trainer(max_epochs=9, callbacks=[Look()]).fit(model, datamodule=data)
+    lowest, expected = math.inf, [0.3]
+    for loss in losses[:-1]:  # the rule of the scheduler, by hand
+        better = loss < lowest * (1 - 0.5)
+        lowest = loss if better else lowest
+        expected.append(expected[-1] * (1 if better else 0.5))
+    assert rates == pytest.approx(expected)
+    assert min(rates) < 0.3
 
 
 def test_a_scheduler_with_absolute_rates_is_refused_at_the_start(data, make_trainer):
@@ -319,16 +305,28 @@ def test_the_test_images_are_evaluated_each_epoch_if_asked_for(val_size, data_di
     assert tested["test_accuracy"] == logged["test_accuracy"]
 
 
-def test_several_validation_loaders_are_counted_together(data, make_trainer):
+def test_several_loaders_are_counted_each_for_itself(data, make_trainer):
     class TwoLoaders(MNISTDataModule):
         def val_dataloader(self):
             return [super().val_dataloader(), self.test_dataloader()]
+
+        def test_dataloader(self):
+            return (
+                [super().test_dataloader(), super().val_dataloader()]
+                if self.trainer.testing
+                else super().test_dataloader()
+            )
 
     data = TwoLoaders(data.data_dir, val_size=50)
     model = DANNMLP(hidden_sizes=[12], optimizer=SGD)
     trainer = make_trainer()
     trainer.fit(model, datamodule=data)
-    images, labels = (torch.cat(parts) for parts in zip(data.val_set[:], data.test_set[:], strict=True))
-    with torch.no_grad():
-        accuracy = (model.eval()(images).argmax(-1) == labels).double().mean().item()
-    assert trainer.callback_metrics["val_accuracy"] == pytest.approx(accuracy)
+    logged = dict(trainer.callback_metrics)
+    for name, part in (("val", data.val_set), ("val_1", data.test_set)):
+        images, labels = part[:]
+        with torch.no_grad():
+            accuracy = (model.eval()(images).argmax(-1) == labels).double().mean().item()
+        assert logged[f"{name}_accuracy"] == pytest.approx(accuracy)
+    tested = trainer.test(model, datamodule=data, verbose=False)
+    assert tested[0]["test_accuracy"] == logged["val_1_accuracy"]
+    assert tested[1]["test_1_accuracy"] == logged["val_accuracy"]

@@ -1,13 +1,16 @@
 """The projection: attached by itself, lost by nobody, and refusing what it cannot repair (see test_dale_always)."""
 
+import functools
+
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks.weight_averaging import EMAWeightAveraging
 from torch import nn
-from torch.optim import optimizer as torch_optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_danns import DANNMLP, DaleProjection, DANNLinear, UsageError
+from lightning_danns.layers import imbalances
 from lightning_danns.testing import assert_dale
 
 
@@ -48,38 +51,73 @@ def test_a_users_own_projection_wins(batches, make_trainer):
     assert own.calls == trainer.global_step == 6
 
 
-def test_a_subclass_that_overrides_configure_callbacks_keeps_the_projection(batches, make_trainer):
+def test_a_subclass_that_loses_the_projection_is_refused(batches, make_trainer):
     class Mine(DANNMLP):
         def configure_callbacks(self):  # no super()
             return pl.callbacks.Timer()
 
-    trainer = make_trainer()
-    trainer.fit(Mine(input_shape=(1, 4, 4), num_classes=4, hidden_sizes=[8], ni=2), batches)
-    assert len(projections(trainer)) == 1
-    assert any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
+    with pytest.raises(UsageError, match=r"Mine: its configure_callbacks must return those of super\(\) too"):
+        make_trainer().fit(Mine(input_shape=(1, 4, 4), num_classes=4, hidden_sizes=[8], ni=2), batches)
 
 
-def test_a_mixin_that_overrides_configure_callbacks_keeps_the_projection(batches, make_trainer):
-    class Mixin:
-        def configure_callbacks(self):
-            return [pl.callbacks.Timer()]
+def test_a_probe_that_a_callback_trains_beside_is_not_touched(batches, make_trainer):
+    probe = DANNLinear(4, 3, 1)
 
-    class Mine(Mixin, DANNMLP):
-        pass
+    class Probe(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            optimizer = torch.optim.SGD(probe.parameters(), lr=100.0)
+            probe.Wex.grad = torch.ones_like(probe.Wex)
+            optimizer.step()
 
-    class Deeper(Mine):
-        pass
+    make_trainer(callbacks=[Probe()]).fit(small_dann(), batches)
+    assert bool((probe.Wex < 0).any())
 
-    trainer = make_trainer()
-    trainer.fit(Deeper(input_shape=(1, 4, 4), num_classes=4, hidden_sizes=[8], ni=2), batches)
-    assert len(projections(trainer)) == 1
-    assert any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks)
+
+def test_each_stage_refuses_its_own_negative_inputs(batches, make_trainer):
+    x, y = batches.dataset.tensors
+    negative = DataLoader(TensorDataset((x - 0.1307) / 0.3081, y), batch_size=4)
+    message = r"'network\.1'.*pixels in \[0, 1\]"
+    with pytest.raises(UsageError, match=message):
+        make_trainer().fit(small_dann(), negative, batches)  # after a sanity check of valid images
+    with pytest.raises(UsageError, match=message):
+        make_trainer(num_sanity_val_steps=0).fit(small_dann(), batches, negative)
+    model = small_dann()
+    for stage in ("validate", "test", "predict"):
+        with pytest.raises(UsageError, match=message):
+            getattr(make_trainer(), stage)(model, negative)
+        getattr(make_trainer(), stage)(model, batches)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_balanced_layers_are_in_balance_at_every_step_and_after_averaging(precision, batches, make_trainer):
+    lost = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            lost.append(imbalances(pl_module))
+
+        on_validation_batch_end = on_train_batch_end
+
+    average = EMAWeightAveraging(decay=0.5)
+    model = small_dann(balanced=True, optimizer=functools.partial(torch.optim.SGD, lr=10.0))
+    make_trainer(callbacks=[Look(), average], max_epochs=2, precision=precision).fit(model, batches, batches)
+    assert len(lost) == 2 * 12 + 2
+    assert not any(lost)
+    assert_dale(model)
+
+
+def test_starting_weights_out_of_balance_are_refused(batches, make_trainer):
+    model = small_dann(balanced=True)
+    model.network[1].Wei.data *= 2
+    with pytest.raises(UsageError, match=r"network\.1 \(up to 1 of a unit's excitation\).*project_"):
+        make_trainer().fit(model, batches)
 
 
 def test_it_serves_any_lightning_module(batches, make_trainer):
     class Plain(pl.LightningModule):
         def __init__(self):
             super().__init__()
+            torch.manual_seed(0)
             self.layer = DANNLinear(16, 4, 2, inputs="pixels")
 
         def training_step(self, batch, batch_idx):
@@ -106,12 +144,12 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception(batches, make_train
         else:
             with pytest.raises(context, match="stop"):
                 trainer.fit(model, batches)
-        own = DaleProjection()
-        for hook in (own.setup, own.setup, own.teardown):  # the first fit broke down where no callback is told
-            hook(trainer, model, "fit")
-        assert not torch_optimizer._global_optimizer_post_hooks
-        assert not torch_optimizer._global_optimizer_pre_hooks
-        assert not any(module._forward_pre_hooks for module in model.modules())
+        model.network[1].b.data.fill_(1.0)
+        model.network[1].Wex.data.fill_(-1.0)  # which a hook that is left would clamp
+        model.network[1](-torch.ones(1, 16))  # and another would refuse
+        for optimizer in trainer.optimizers:
+            optimizer.step()
+        assert bool((model.network[1].Wex < 0).any())
 
 
 def test_negative_starting_weights_are_refused_by_name_and_value(batches, make_trainer):

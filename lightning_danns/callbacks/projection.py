@@ -84,9 +84,11 @@ class DaleProjection(pl.Callback):
         self._hooks[optimizer] = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check_inputs(pl_module)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if imbalances(pl_module):  # averages, which an averaging callback has put in place
             self.project(pl_module)
-        self._check_inputs(pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._check_inputs(pl_module)

@@ -72,13 +72,13 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.monitor in trainer.callback_metrics:
-            return super().on_train_epoch_end(trainer, pl_module)
-        if trainer.val_dataloaders and trainer.callback_metrics and not trainer.sanity_checking:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
-                raise UsageError(f"best_checkpoint.monitor={self.monitor!r} was not logged; these were: {known}")
-        return None
+        monitor, logged = str(self.monitor), trainer.callback_metrics
+        stage = monitor.partition("_")[0]
+        if monitor in logged:
+            super().on_train_epoch_end(trainer, pl_module)
+        elif any(name.startswith(f"{stage}_") for name in logged):  # else there was no such stage
+            known = ", ".join(sorted(logged))
+            raise UsageError(f"best_checkpoint.monitor={monitor!r} was not logged; these were: {known}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Paths of the state are those of this folder: the run may have been moved."""

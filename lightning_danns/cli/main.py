@@ -116,7 +116,7 @@ class CLI(LightningCLI):
             return
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(pl.LightningDataModule, "data")
-        datamodule = parser.instantiate_classes(Namespace(data=config.data.clone())).data
+        datamodule = parser.instantiate(Namespace(data=config.data.clone())).data
         defaults = self._defaults(config.model.class_path)
         for name in asked:
             theirs = getattr(datamodule, FROM_DATA[name], None)
@@ -173,7 +173,7 @@ class CLI(LightningCLI):
         if not self.checkpointing:
             config.trainer.enable_checkpointing = False
         whole = Namespace(subcommand=self.subcommand, **{str(self.subcommand): config})
-        text = self.parser.dump(whole, skip_none=False, skip_validation=True)
+        text = self.parser.dump(whole, skip_unset=False, skip_validation=True)
         return yaml.safe_dump(yaml.safe_load(text)[self.subcommand], sort_keys=False)
 
     def before_fit(self) -> None:

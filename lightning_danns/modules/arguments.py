@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from pytorch_lightning.utilities import rank_zero_warn
 
 from lightning_danns.errors import UsageError
 
@@ -98,3 +99,22 @@ def imported(path: str) -> Any:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"{path!r} cannot be imported: give the path of a class or function ({error})") from error
+
+
+def made_of(factory: Any, name: str, example: str) -> Any:
+    """The factory that an argument is, or was before it was kept in a checkpoint.
+
+    Raises:
+        UsageError: it is no function.
+    """
+    if isinstance(factory, Mapping) and NOT_SAVED in factory:
+        rank_zero_warn(f"the checkpoint could not keep {name}={factory[NOT_SAVED]}: give it again, to train on")
+        return lambda *args, **kwargs: _lost(name)
+    factory = direct(restored(factory))
+    if not callable(factory):
+        raise UsageError(f"{name}={factory!r}: give a function such as {example}")
+    return factory
+
+
+def _lost(name: str) -> None:
+    raise UsageError(f"the checkpoint could not keep {name}: load it with load_from_checkpoint(path, {name}=...)")

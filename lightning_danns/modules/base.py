@@ -2,19 +2,18 @@
 
 import inspect
 import os
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_danns.callbacks import DaleProjection, FisherMonitor
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
-from lightning_danns.modules.arguments import NOT_SAVED, accepts, direct, plain, restored
+from lightning_danns.modules.arguments import accepts, made_of, plain, restored
+from lightning_danns.modules.resume import ANEW, refuse_other_network, refuse_other_optimizer
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured, rehearse
 
 
@@ -56,8 +55,8 @@ class DaleLightningModule(pl.LightningModule):
                 self.hparams[name] = plain(value)
             else:  # a subclass passes it on by itself, and could not be made with it
                 del self.hparams[name]
-        self.optimizer_factory = _made(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
-        self.lr_scheduler_factory = lr_scheduler and _made(lr_scheduler, "lr_scheduler", "partial(StepLR, step_size=9)")
+        self.optimizer_factory = made_of(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
+        self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")
         self.correction = correction_of(restored(correction))
         self.rates, self.weight_decay = rates, weight_decay
 
@@ -109,17 +108,26 @@ class DaleLightningModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_hyperparams({"seed": os.environ.get("PL_GLOBAL_SEED"), **described})
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep arguments as plain values, those too that a subclass has saved itself."""
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(dict(self.hparams))
 
-def _made(factory: Any, name: str, example: str) -> Any:
-    """The factory itself, from its plain form if it comes from a checkpoint."""
-    if isinstance(factory, Mapping) and NOT_SAVED in factory:
-        rank_zero_warn(f"the checkpoint could not keep {name}={factory[NOT_SAVED]}: give it again, to train on")
-        return lambda *args, **kwargs: _lost(name)
-    factory = direct(restored(factory))
-    if not callable(factory):
-        raise UsageError(f"{name}={factory!r}: give a function such as {example}")
-    return factory
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""
+        if not self.attached:
+            return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
+        if self.strict_loading and "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere
+            refuse_other_network(self, checkpoint)
+        if self.trainer.training and "state_dict" in checkpoint and "optimizer_states" not in checkpoint:
+            raise UsageError("the checkpoint holds weights alone, so no fit can continue from it: test it, " + ANEW)
+        if self.trainer.training and type(self).configure_optimizers is DaleLightningModule.configure_optimizers:
+            groups = fisher_optimizer(self.optimizer_factory, self.parameter_groups()).param_groups
+            refuse_other_optimizer(groups, checkpoint.get("optimizer_states", []), self.correction is measured)
 
-
-def _lost(name: str) -> None:
-    raise UsageError(f"the checkpoint could not keep {name}: load it with load_from_checkpoint(path, {name}=...)")
+    @property
+    def attached(self) -> bool:
+        """Whether a Trainer runs this module."""
+        try:
+            return self.trainer is not None
+        except RuntimeError:
+            return False

@@ -253,4 +253,5 @@ class ResNet(ImageClassifier):
 
     def __init__(self, depth: int = 20, shortcut: Shortcut = "before", norm: Norm = "batch", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.network = resnet(depth, self.input_shape, self.num_classes, StandardFamily(norm), shortcut)
+        family = StandardFamily(norm, conv_bias=norm in ("none", "centred"))
+        self.network = resnet(depth, self.input_shape, self.num_classes, family, shortcut)

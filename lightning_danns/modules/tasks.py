@@ -90,7 +90,7 @@ class Task(DaleLightningModule):
             for metric in of_stage.values():  # of an earlier epoch; a fit that goes on within one starts later
                 metric.reset()
         outputs, targets, loss = self.step(batch)
-        of_stage["loss"].update(loss.detach(), len(targets))
+        of_stage["loss"].update(loss.detach().expand(len(targets)))  # once for each: it takes no weights without NaN
         of_stage["scores"].update(outputs.detach(), targets)
         return loss
 
@@ -132,9 +132,11 @@ class Task(DaleLightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the metrics of a training epoch have counted so far, in all processes."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["train_metrics"] = [_counts(metric) for metric in _metrics(self.metrics_of("train"))]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         if "train_metrics" in checkpoint and self.global_rank == 0:  # the counts are those of all processes
             for metric, counts in zip(_metrics(self.metrics_of("train")), checkpoint["train_metrics"], strict=True):
                 for name, value in counts.items():

@@ -20,7 +20,8 @@ Correction = Callable[[nn.Module], Mapping[str, float]]
 
 def fisher(model: nn.Module) -> dict[str, float]:
     """The factors that the layers declare: the published Fisher corrections."""
-    factors: dict[nn.Parameter, tuple[str, float]] = {}
+    found: dict[nn.Parameter, float] = {}
+    factors: dict[str, float] = {}
     for layer_name, layer in dale_layers(model):
         own, declared = dict(layer.named_parameters(recurse=False)), layer.lr_factors()
         for name in declared:
@@ -32,12 +33,14 @@ def fisher(model: nn.Module) -> dict[str, float]:
         for name, parameter in own.items():  # one left out has factor 1, which a layer sharing it may contradict
             factor = declared.get(name, 1.0)
             path = f"{layer_name}.{name}" if layer_name else name
-            if factors.setdefault(parameter, (path, factor))[1] != factor:
+            if found.setdefault(parameter, factor) != factor:
                 raise UsageError(
                     f"{path} is shared by layers that want different learning-rate factors for it: "
-                    f"{factors[parameter][1]:.4g} and {factor:.4g}"
+                    f"{found[parameter]:.4g} and {factor:.4g}"
                 )
-    return dict(factors.values())
+            if name in declared:
+                factors[path] = factor
+    return factors
 
 
 def none(model: nn.Module) -> dict[str, float]:

@@ -1,0 +1,54 @@
+"""What a checkpoint must share with the module that goes on from it: said before torch says it in its own words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+
+from lightning_danns.errors import UsageError
+
+ANEW = "or start anew from its weights (load_from_checkpoint)"
+
+
+def refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse weights of other names or shapes.
+
+    Raises:
+        UsageError: names the first weight that differs, and the arguments of the model that was saved.
+    """
+    ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    if ours == theirs:
+        return
+    name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
+    saved = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    different = {k: v for k, v in saved.items() if k in module.hparams and v != module.hparams[k] and k != "optimizer"}
+    described = ", ".join(f"{key}={value}" for key, value in different.items())
+    raise UsageError(
+        f"the checkpoint holds another network than this {type(module).__name__}: {name} is "
+        f"{ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there. It was saved by a model with "
+        f"{described or 'other layers'}"
+    )
+
+
+def refuse_other_optimizer(ours: list[dict[str, Any]], states: list[dict[str, Any]], measured: bool) -> None:
+    """Refuse the state of an optimizer with other factors (unless they are measured anew) or of another kind.
+
+    Raises:
+        UsageError: says how many groups there are on either side, or which settings are missing.
+    """
+    theirs = states[0]["param_groups"] if states else []
+    if not theirs or not all("lr_scale" in group for group in (*ours, *theirs)):
+        return  # groups of somebody's own
+    our_scales, their_scales = ({g["name"]: g["lr_scale"] for g in groups} for groups in (ours, theirs))
+    if our_scales != their_scales and not (measured and our_scales.keys() == their_scales.keys()):
+        raise UsageError(
+            f"the checkpoint was trained with other learning-rate factors: {len(their_scales)} groups there, "
+            f"{len(our_scales)} here. Resume with the same correction, {ANEW}"
+        )
+    missing = set(ours[0]) - set(theirs[0])
+    if missing:
+        raise UsageError(
+            f"the checkpoint was trained with another optimizer, which has no {', '.join(sorted(missing))}. Resume "
+            f"with the same optimizer, {ANEW}"
+        )
