@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
@@ -316,6 +317,8 @@ def test_the_folder_of_a_replica_is_the_folder_of_its_single_run(run, data_dir):
     )
     assert "learning rate 0.05, 2 seeds:  val_accuracy 0." in output
     run("fit", "--config=many/replicas/3/config.yaml", "--run_dir=alone")
+    many, alone = (yaml.safe_load((data_dir / f / "result.yaml").read_text()) for f in ("many/replicas/3", "alone"))
+    assert many == {**alone, "best": pytest.approx(alone["best"]), "metrics": pytest.approx(alone["metrics"], rel=1e-3)}
     many, alone = (
         DANNMLP.load_from_checkpoint(data_dir / folder / "checkpoints" / "last.ckpt")
         for folder in ("many/replicas/3", "alone")
@@ -338,7 +341,8 @@ def test_a_replica_that_diverges_ends_alone(data, make_trainer, tmp_path):
     model = fit([0.02, 1e30])
     assert_dale(model.replicas[0])
     assert (tmp_path / "replicas" / "0" / "checkpoints" / "last.ckpt").exists()
-    assert not (tmp_path / "replicas" / "1").exists()
+    assert not (tmp_path / "replicas" / "1" / "checkpoints").exists()
+    assert "nan" in (tmp_path / "replicas" / "1" / "metrics.csv").read_text()
     with open(tmp_path / "replicas.csv") as file:
         assert [row["train_loss"] == "nan" for row in csv.DictReader(file)] == [False, True] * 2
     with pytest.raises(UsageError, match="training has diverged"):

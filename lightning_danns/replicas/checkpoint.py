@@ -32,7 +32,7 @@ class ReplicaProjection(DaleProjection):
 
 
 class ReplicaCheckpoint(Checkpoint):
-    """Saves every replica of a `ReplicatedClassifier` as an ordinary checkpoint, and the metrics of all as one table.
+    """Makes a run folder for every replica of a `ReplicatedClassifier`, and one table of the metrics of all.
 
     `ReplicatedClassifier` attaches it where the Trainer saves checkpoints. It writes into the folder of the log where
     that lies within the Trainer's ``default_root_dir``, and into ``default_root_dir`` otherwise:
@@ -41,7 +41,8 @@ class ReplicaCheckpoint(Checkpoint):
         replicas_test.csv                   after a test, a row for each replica
         replicas/3/checkpoints/best.ckpt    replica 3 at its best epoch
         replicas/3/checkpoints/last.ckpt    replica 3 after the last epoch, or before it diverged
-        replicas/3/config.yaml              of the single run of replica 3, where the folder has the config of all
+        replicas/3/metrics.csv              its own metrics
+        replicas/3/{config,result}.yaml     as its single run would leave them, where all replicas have them together
 
     What another run has left there stays: a second run writes ``replicas-v1``, one that resumes goes on in its own.
     """
@@ -54,29 +55,47 @@ class ReplicaCheckpoint(Checkpoint):
         if not hasattr(pl_module, "replicas") or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for index, replica in enumerate(pl_module.replicas):
+            folder, rows = self._place / str(index), _own(pl_module, index)
+            _write(rows, folder / "metrics")
+            _write_config(self._place.parent / "config.yaml", folder, pl_module, index)
             if not all(bool(parameter.isfinite().all()) for parameter in replica.parameters()):
                 continue  # it has diverged: keep what it was before
-            folder, rows = self._place / str(index), pl_module.history[index :: len(pl_module.replicas)]
             pl_module.save_replica(index, folder / "checkpoints" / "last.ckpt")
-            if _newest_is_best(rows, *replica.best):
+            if rows[-1].get(replica.best[0], math.nan) == _best(rows, *replica.best) != _best(rows[:-1], *replica.best):
                 pl_module.save_replica(index, folder / "checkpoints" / "best.ckpt")
-            _write_config(self._place.parent / "config.yaml", folder, pl_module, index)
         _write(pl_module.history, self._place)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if not hasattr(pl_module, "replicas") or not pl_module.history:
+        if not hasattr(pl_module, "replicas") or not pl_module.history or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         print(_by_learning_rate(pl_module.history[-len(pl_module.replicas) :], *pl_module.best))
+        of_all = self._place.parent / "result.yaml"
+        for index, replica in enumerate(pl_module.replicas if of_all.exists() else ()):
+            rows = _own(pl_module, index)
+            metrics = {name: value for name, value in sorted(rows[-1].items()) if name != "epoch"}
+            result = {**yaml.safe_load(of_all.read_text()), "best": _best(rows, *replica.best), "metrics": metrics}
+            (self._place / str(index) / "result.yaml").write_text(yaml.safe_dump(result, sort_keys=False))
         config = self._place / "0" / "config.yaml"
         if config.exists():
-            print(
-                f"test replica 0:  python -m lightning_danns test --config {shlex.quote(str(config))} --ckpt_path best"
-            )
+            command = ["python", "-m", "lightning_danns", "test", "--config", str(config), "--ckpt_path", "best"]
+            print(f"test replica 0:  {shlex.join(command)}")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if hasattr(pl_module, "replicas"):
             print(_by_learning_rate(pl_module.table(), *pl_module.best))
             _write(pl_module.table(), _unused(_folder(trainer), "replicas_test"))
+
+
+def _own(model: Any, index: int) -> Rows:
+    """The history of one replica."""
+    rows = model.history[index :: len(model.replicas)]
+    shared = ("replica", *model.settings(index))
+    return [{name: value for name, value in row.items() if name not in shared} for row in rows]
+
+
+def _best(rows: Rows, name: str, mode: str) -> float | None:
+    values = [row[name] for row in rows if name in row and not math.isnan(row[name])]
+    return (max if mode == "max" else min)(values, default=None)
 
 
 def _folder(trainer: pl.Trainer) -> Path:
@@ -106,12 +125,6 @@ def _write(rows: Rows, place: Path) -> None:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _newest_is_best(rows: Rows, name: str, mode: str) -> bool:
-    sign = 1 if mode == "max" else -1
-    *earlier, newest = [sign * row.get(name, math.nan) for row in rows]
-    return newest > max((value for value in earlier if not math.isnan(value)), default=-math.inf)
 
 
 def _write_config(of_all: Path, folder: Path, model: Any, index: int) -> None:

@@ -2,10 +2,9 @@
 
 import copy
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -15,41 +14,26 @@ from torchmetrics import MeanMetric, Metric
 from lightning_danns.atomic import replacing
 from lightning_danns.callbacks import DaleDiagnostics, DaleProjection
 from lightning_danns.errors import UsageError
-from lightning_danns.modules.arguments import NOT_SAVED, direct, plain, restored
-from lightning_danns.modules.base import DaleLightningModule
+from lightning_danns.modules.arguments import restored
 from lightning_danns.modules.tasks import ImageClassifier
-from lightning_danns.optim import measured
 from lightning_danns.replicas.checkpoint import ReplicaCheckpoint, ReplicaProjection
+from lightning_danns.replicas.making import ClassifierFactory, make_replica
 from lightning_danns.replicas.stacks import Stacks
-
-OWN = (
-    *("forward", "step", "check", "likelihood", "default_metrics", "metrics_of", "parameter_groups", "best"),
-    *("setup", "on_train_start", "on_save_checkpoint", "on_load_checkpoint"),
-)
-"""What each replica does by itself; other steps and hooks run once for all."""
 
 COUNTED_AT_ONCE = 32
 """Batches that wait until the metrics of the replicas, one after the other, are updated with all of them."""
 
 
-class ClassifierFactory(Protocol):
-    """Makes one of the replicas; a protocol, so that the command line offers all options of a class but these two."""
-
-    def __call__(self, *, input_shape: Sequence[int], num_classes: int) -> ImageClassifier: ...
-
-
 class ReplicatedClassifier(ImageClassifier):
     """Trains one classifier from every seed with every learning rate, all at once in one process.
 
-    Each replica is an ordinary classifier with parameters of its own, which are slices of stacked tensors. Its ``step``
-    runs once on the stacks (`torch.vmap`), whatever its loss; groups, optimizer and projection act on the ordinary
-    parameters. What is minimised is the sum of the replicas' losses, so nothing passes between them, and a replica ends
-    as the single run of its seed and learning rate on the same batches does, up to rounding (dropout draws other
-    numbers).
+    Each replica is an ordinary classifier, whose parameters are slices of stacked tensors. Its ``step`` runs once on
+    the stacks (`torch.vmap`), whatever its loss; groups, optimizer and projection act on the ordinary parameters. The
+    sum of all losses is minimised, so nothing passes between replicas, and each ends as the single run of its seed and
+    learning rate on the same batches does, up to rounding (dropout draws other numbers).
 
     Replica k * len(seeds) + s has ``learning_rates[k]`` and ``seeds[s]``. Logs each metric of the classifier for every
-    replica (``val_accuracy/0``, ...) and as their mean (``val_accuracy``). `ReplicaCheckpoint` saves every replica as a
-    checkpoint of the classifier, and all metrics as one table.
+    replica (``val_accuracy/0``, ...) and as their mean. `ReplicaCheckpoint` saves replicas and a table of metrics.
 
     All replicas see the same batches, images (N, ...) and labels (N,), or those of their seed, images
     (len(seeds), N, ...) and labels (len(seeds), N), as `ImageDataModule` serves them with a list of ``order_seed``.
@@ -99,15 +83,11 @@ class ReplicatedClassifier(ImageClassifier):
         if rates is not None and not all(0 < rate < float("inf") for rate in rates):
             raise UsageError(f"learning_rates={rates}: all must be positive")
         data = {"input_shape": input_shape, "num_classes": num_classes}
-        make = functools.partial(_made, restored(classifier), {k: v for k, v in data.items() if v is not None})
+        make = functools.partial(make_replica, restored(classifier), {k: v for k, v in data.items() if v is not None})
         replicas = [make(seed, rate) for rate in rates or [None] for seed in seeds]  # type: ignore[list-item]
         first = replicas[0]
-        super().__init__(
-            first.input_shape,
-            num_classes=first.num_classes,
-            optimizer=first.optimizer_factory,
-            lr_scheduler=first.lr_scheduler_factory,
-        )
+        factories = {"optimizer": first.optimizer_factory, "lr_scheduler": first.lr_scheduler_factory}
+        super().__init__(first.input_shape, num_classes=first.num_classes, **factories)
         self.best = first.best  # type: ignore[misc]
         self.template = ({name: MeanMetric(nan_strategy="disable") for name in first.template[0]},)
         self.seeds, self.learning_rates = seeds, rates
@@ -280,17 +260,12 @@ class ReplicatedClassifier(ImageClassifier):
         if trainer.world_size > 1:
             raise UsageError("replicas train in one process: use devices=1, and several runs for several GPUs")
         if stage == "fit" and trainer.gradient_clip_val:
-            raise UsageError(
-                f"gradient_clip_val={trainer.gradient_clip_val} clips the gradient of all replicas together: use "
-                "LayerGradientClipping, which clips each layer of each replica"
-            )
+            given = f"gradient_clip_val={trainer.gradient_clip_val}"
+            raise UsageError(f"{given} clips the gradient of all replicas together: use LayerGradientClipping")
         if stage == "fit" and trainer.precision == "16-mixed":
             raise UsageError("with precision 16-mixed, a step that one replica skips is lost to all: use bf16-mixed")
         if any(isinstance(callback, DaleDiagnostics) for callback in trainer.callbacks):
-            raise UsageError(
-                "DaleDiagnostics looks at the layers of one network, which replicas compute as one stack: fit one seed "
-                "and learning rate by itself to look at it"
-            )
+            raise UsageError("DaleDiagnostics looks at the layers of one network, which replicas stack: fit one alone")
         self._newest, self._uncounted = {}, {}
         if stage == "fit":
             self.history = []
@@ -311,8 +286,8 @@ class ReplicatedClassifier(ImageClassifier):
                 group["signed"] = [f"replicas.{index}.{name}" for name in group["signed"]]
                 options = {key: value for key, value in group.items() if key not in ("params", "signed")}
                 same = merged.setdefault(repr(options), {**options, "params": [], "signed": []})
-                same["params"] += group["params"]
-                same["signed"] += group["signed"]
+                for key in ("params", "signed"):
+                    same[key] += group[key]
         names = [group["name"] for group in merged.values()]
         for k, group in enumerate(merged.values()):
             if names.count(group["name"]) > 1:  # a correction that differs from replica to replica
@@ -335,48 +310,3 @@ class ReplicatedClassifier(ImageClassifier):
         writes = self.trainer.checkpoint_callbacks or (self.trainer.testing and self.trainer.loggers)
         saved = any(isinstance(c, ReplicaCheckpoint) for c in present) or not writes
         return [*([] if projected else [ReplicaProjection()]), *([] if saved else [ReplicaCheckpoint()])]
-
-
-def _made(classifier: Any, data: dict[str, Any], seed: int, rate: float | None) -> ImageClassifier:
-    """The replica of a seed and rate; refused if it does more than `ReplicatedClassifier` does for it."""
-    if isinstance(classifier, Mapping) and NOT_SAVED in classifier:
-        raise UsageError(f"the checkpoint could not keep classifier={classifier[NOT_SAVED]}: give it again")
-    if not callable(classifier) or isinstance(classifier, nn.Module):
-        raise UsageError(
-            f"classifier={type(classifier).__name__} object: give what makes one, e.g. "
-            "functools.partial(DANNMLP, hidden_sizes=[100, 100])"
-        )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        replica = classifier(**data)
-    kind, made = type(replica), direct(classifier)
-    if not isinstance(replica, ImageClassifier):
-        raise UsageError(f"classifier made a {kind.__name__}, which is no ImageClassifier")
-    if next(replica.parameters(), None) is None:
-        raise UsageError(f"{kind.__name__} has no parameters: set self.network in its __init__")
-    shared = set(dir(ImageClassifier)) - set(dir(nn.Module)) - set(OWN)
-    lookup = inspect.getattr_static
-    own = [name for name in shared if name[0] != "_" and lookup(kind, name) is not lookup(ImageClassifier, name)]
-    if own or not replica.automatic_optimization:
-        raise UsageError(
-            f"{kind.__name__} has its own {', '.join(sorted(own) or ['optimization'])}, which replicas do not run: "
-            "they train by step and loss alone (callbacks belong to the Trainer)"
-        )
-    if replica.correction is measured:
-        raise UsageError("correction='measured' measures one network, not many: use 'fisher', or single runs")
-    given = made.keywords if isinstance(made, functools.partial) and not made.args else {}
-    if kind in (made, getattr(made, "func", None)):  # the command line tells it the arguments of us all
-        replica.hparams.clear()
-        replica.hparams.update(plain({**given, **data}))
-    if rate is not None:
-        _set_rate(replica, rate)
-    return replica
-
-
-def _set_rate(replica: ImageClassifier, rate: float) -> None:
-    """Make ``rate`` that of the replica's own optimizer, for whoever trains or loads the replica alone."""
-    factory: Callable = replica.optimizer_factory
-    if factory is inspect.signature(DaleLightningModule).parameters["optimizer"].default:
-        factory = torch.optim.SGD
-    replica.optimizer_factory = functools.partial(factory, lr=rate)
-    replica.hparams["optimizer"] = plain(replica.optimizer_factory)
