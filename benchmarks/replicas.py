@@ -3,8 +3,8 @@
     python benchmarks/replicas.py [--replicas 1 4 16 32] [--hidden 100 100] [--model DANNMLP] [--optimizer SGD]
         [--batch 32] [--repeats 7] [--threads 2] [--device cuda]
 
-A step is forward, backward, optimizer over the parameter groups and projection, with metrics and without Trainer. The
-two are measured in turns; the table gives replica-steps per second (R times steps per second) and the median ratio.
+A step is forward, backward, optimizer over the parameter groups and projection, without metrics and Trainer. The two
+are measured in turns; the table gives replica-steps per second (R times steps per second) and the median ratio.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def step_of(model: ImageClassifier, batch_size: int, device: str) -> Callable[[]
 
     def step() -> None:
         optimizer.zero_grad()
-        model.shared_step(batch, "train").backward()
+        model.step(batch)[2].sum().backward()
         optimizer.step()
         project_(model)
 

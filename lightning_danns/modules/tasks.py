@@ -306,7 +306,8 @@ class _NoScores(nn.Module):
 
 
 def _only_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
-    made = {name: restored(metric) for name, metric in metrics.items() if NOT_SAVED not in (metric or {})}
+    kept = {name: m for name, m in metrics.items() if not (isinstance(m, Mapping) and NOT_SAVED in m)}
+    made = {name: restored(metric) for name, metric in kept.items()}
     made = {
         name: metric() if not isinstance(metric, Metric) and callable(metric) else metric
         for name, metric in made.items()

@@ -1,56 +1,39 @@
-"""Many at once: seeds and learning rates of one small network, trained side by side as one stack of weights."""
+"""A classifier that is many: one from every seed with every learning rate, trained in one process."""
 
-import contextvars
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
-from lightning_danns.monitoring import DaleDiagnostics
-from pytorch_lightning.core.hooks import DataHooks, ModelHooks
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
-from lightning_danns.callbacks import ReplicaCheckpoint, ReplicaProjection
-from lightning_danns.checkpoints import AtomicCheckpointIO
+from lightning_danns.atomic import replacing
+from lightning_danns.callbacks import DaleDiagnostics, DaleProjection
 from lightning_danns.errors import UsageError
-from lightning_danns.modules.base import ImageClassifier, metric_names
-from lightning_danns.optim import fisher_optimizer, fisher_param_groups
+from lightning_danns.modules.arguments import restored
+from lightning_danns.modules.tasks import ImageClassifier
+from lightning_danns.replicas.checkpoint import ReplicaCheckpoint, ReplicaProjection
+from lightning_danns.replicas.making import ClassifierFactory, make_replica
+from lightning_danns.replicas.stacks import Stacks
 
-STEPS = (
-    *("shared_step", "training_step", "validation_step", "test_step", "predict_step", "backward"),
-    *("configure_optimizers", "_optimizer", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"),
-    *("configure_callbacks", "configure_gradient_clipping"),
-    *(
-        name
-        for name in (*vars(ModelHooks), *vars(DataHooks))
-        if not name.startswith("_") and name not in ("setup", "on_train_start")
-    ),
-)
-"""What a replica does not do by itself, so that a classifier with its own version cannot be replicated."""
-
-
-class ClassifierFactory(Protocol):
-    """Makes one of the replicas; a protocol, so that the command line offers all options of a class but these two."""
-
-    def __call__(self, *, input_shape: Sequence[int], num_classes: int) -> ImageClassifier: ...
+COUNTED_AT_ONCE = 32
+"""Batches that wait until the metrics of the replicas, one after the other, are updated with all of them."""
 
 
 class ReplicatedClassifier(ImageClassifier):
     """Trains one classifier from every seed with every learning rate, all at once in one process.
 
-    Each replica is an ordinary classifier with parameters of its own, which are slices of stacked tensors: forward and
-    backward run once on the stacks (`torch.vmap`), while optimizer, Fisher factors and projection act on ordinary
-    parameters. The loss is the sum of the replicas' losses, so nothing passes between them, and a replica ends as the
-    single run of its seed and learning rate on the same batches does, up to rounding (dropout draws other numbers).
+    Each replica is an ordinary classifier, whose parameters are slices of stacked tensors. Its ``step`` runs once on
+    the stacks (`torch.vmap`), whatever its loss; groups, optimizer and projection act on the ordinary parameters. The
+    sum of all losses is minimised, so nothing passes between replicas, and each ends as the single run of its seed and
+    learning rate on the same batches does, up to rounding (dropout draws other numbers).
 
-    Replica k * len(seeds) + s has ``learning_rates[k]`` and ``seeds[s]``. Logs each metric of `ImageClassifier` for
-    every replica (``val_accuracy/0``, ...) and as their mean (``val_accuracy``). `ReplicaCheckpoint` saves every
-    replica as a checkpoint of the classifier, and all metrics as one table.
+    Replica k * len(seeds) + s has ``learning_rates[k]`` and ``seeds[s]``. Logs each metric of the classifier for every
+    replica (``val_accuracy/0``, ...) and as their mean. `ReplicaCheckpoint` saves replicas and a table of metrics.
 
     All replicas see the same batches, images (N, ...) and labels (N,), or those of their seed, images
     (len(seeds), N, ...) and labels (len(seeds), N), as `ImageDataModule` serves them with a list of ``order_seed``.
@@ -63,13 +46,14 @@ class ReplicatedClassifier(ImageClassifier):
 
     Attributes:
         replicas: the classifiers; `replica` gives a copy of one.
+        history: a row for each epoch and replica of this fit: epoch, number, seed, learning rate, metrics.
 
     Shape:
         images (N, ...) -> logits (N, len(replicas), num_classes).
 
     Raises:
-        UsageError: no or equal seeds or rates; a classifier without network, or with steps or hooks of its own; a
-            Trainer, optimizer or scheduler that would tie the replicas to each other.
+        UsageError: no or equal seeds or rates; a classifier without network, or with steps or hooks that replicas do
+            not run; a Trainer, optimizer or scheduler that would tie the replicas to each other.
 
     Example:
         >>> import functools
@@ -83,7 +67,6 @@ class ReplicatedClassifier(ImageClassifier):
     """
 
     replicas: Sequence[ImageClassifier]
-    projection = ReplicaProjection
 
     def __init__(
         self,
@@ -100,21 +83,19 @@ class ReplicatedClassifier(ImageClassifier):
         if rates is not None and not all(0 < rate < float("inf") for rate in rates):
             raise UsageError(f"learning_rates={rates}: all must be positive")
         data = {"input_shape": input_shape, "num_classes": num_classes}
-        make = _factory(classifier, {name: value for name, value in data.items() if value is not None})
-        every_rate: Sequence[float | None] = rates or [None]
-        replicas = [make(seed, rate) for rate in every_rate for seed in seeds]
+        make = functools.partial(make_replica, restored(classifier), {k: v for k, v in data.items() if v is not None})
+        replicas = [make(seed, rate) for rate in rates or [None] for seed in seeds]  # type: ignore[list-item]
         first = replicas[0]
-        super().__init__(
-            first.input_shape, first.num_classes, first.correction, first.optimizer_factory, first.lr_scheduler_factory
-        )
+        factories = {"optimizer": first.optimizer_factory, "lr_scheduler": first.lr_scheduler_factory}
+        super().__init__(first.input_shape, num_classes=first.num_classes, **factories)
+        self.best = first.best  # type: ignore[misc]
+        self.template = ({name: MeanMetric(nan_strategy="disable") for name in first.template[0]},)
         self.seeds, self.learning_rates = seeds, rates
         self.replicas = nn.ModuleList(replicas)  # type: ignore[assignment]
-        for name in self.metrics:
-            self.metrics[name] = _MeanOfEach(len(replicas))
-        # the architecture alone; in a tuple, because it is no part of the model
-        self._template = (copy.deepcopy(first).to("meta"),)
-        self._stacks: dict[str, _Stack] = {}
-        self._met_inputs = False
+        self.stacks = Stacks(replicas)
+        self.history: list[dict[str, Any]] = []
+        self._newest: dict[str, list[float]] = {}
+        self._uncounted: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def replica(self, index: int) -> ImageClassifier:
         """A copy of one replica: an ordinary classifier, with the weights of this moment."""
@@ -126,251 +107,206 @@ class ReplicatedClassifier(ImageClassifier):
         rate = {} if self.learning_rates is None else {"learning_rate": self.learning_rates[k]}
         return {"seed": self.seeds[s], **rate}
 
-    def table(self, metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A row for each replica: its number, its settings, and what ``metrics`` has of it (the Trainer's, by name)."""
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each replica: its number, its settings, and its metrics logged since the last epoch of training."""
         return [
-            {"replica": index, **self.settings(index)}
-            | {name.rpartition("/")[0]: float(metrics[name]) for name in metrics if name.endswith(f"/{index}")}
+            {"replica": index, **self.settings(index), **{name: values[index] for name, values in self._newest.items()}}
             for index in range(len(self.replicas))
         ]
 
     def save_replica(self, index: int, path: str | Path) -> None:
         """Write a checkpoint of one replica, as its own Trainer would without the state of the optimizer."""
-        replica, trainer = self.replicas[index], self._trainer
+        replica, path = self.replicas[index], Path(path)
         checkpoint = {
-            "epoch": trainer.current_epoch if trainer else 0,
-            "global_step": trainer.global_step if trainer else 0,
+            "epoch": self.current_epoch,
+            "global_step": self.global_step,
             "pytorch-lightning_version": pl.__version__,
             "state_dict": {name: value.contiguous().clone() for name, value in replica.state_dict().items()},
-            "hparams_name": "kwargs",
-            "hyper_parameters": dict(replica.hparams),
+            self.CHECKPOINT_HYPER_PARAMS_KEY: dict(replica.hparams),
         }
+        self._count("train")
         replica.on_save_checkpoint(checkpoint)
-        AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, partial=f".{path.name}.partial") as file:
+            torch.save(checkpoint, file)
 
     def forward(self, images: Tensor) -> Tensor:
-        (template,) = self._template
-        template.train(self.training)
-        own_batches = images.dim() == len(self.input_shape) + 2
-        if own_batches and len(images) != len(self.seeds):
+        return self.stacks.call("forward", images).transpose(0, 1)
+
+    def step(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What the replicas' own ``step`` makes of a batch: outputs (R, N, ...), targets (R, N), losses (R,)."""
+        own = self._by_seed(batch)
+        if own:
+            copies = len(self.replicas) // len(self.seeds)
+            batch = [of_seeds.repeat(copies, *(1 for _ in of_seeds.shape[1:])) for of_seeds in batch]
+        kind = type(self.replicas[0]).__name__
+        try:
+            outputs, targets, losses = self.stacks.call("step", batch, own=own)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            raise UsageError(f"{kind}.step or its loss cannot run for many replicas at once: {error}") from error
+        if losses.dim() != 1:
+            raise UsageError(f"the loss of {kind} has shape {tuple(losses.shape[1:])}: it must be one number, the mean")
+        return outputs, targets, losses
+
+    def check(self, batch: Any) -> None:
+        by_seed = self._by_seed(batch)
+        for of_seed in zip(*batch, strict=True) if by_seed else [batch]:
+            self.replicas[0].check(of_seed)
+        self._compare(batch[0][0] if by_seed else batch[0])
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Class probabilities of all replicas, (batch, len(replicas), num_classes)."""
+        if batch_idx == 0:
+            self._compare(batch if isinstance(batch, Tensor) else batch[0])
+        return super().predict_step(batch, batch_idx, dataloader_idx)
+
+    def _by_seed(self, batch: Any) -> bool:
+        """Whether a batch has one of its own for each seed."""
+        images = batch[0] if isinstance(batch, Sequence) else batch
+        if not isinstance(images, Tensor) or images.dim() != len(self.input_shape) + 2:
+            return False
+        if len(images) != len(self.seeds):
             raise UsageError(
                 f"images of shape {tuple(images.shape)}: a batch of their own for each of {len(self.seeds)} seeds has "
                 f"shape ({len(self.seeds)}, N, {', '.join(map(str, self.input_shape))}); check the list order_seed"
             )
-        if own_batches:
-            images = images.repeat(len(self.replicas) // len(self.seeds), *(1 for _ in images.shape[1:]))
+        return True
 
-        def one(state: dict[str, Tensor], images: Tensor) -> Tensor:
-            return functional_call(template, state, (images,))
+    @torch.no_grad()
+    def _compare(self, images: Tensor) -> None:
+        """Run the replicas one by one too: for hooks on their layers, which refuse negative inputs and do not act on
+        stacks, and to refuse a classifier that computes something else there."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        for together, replica in zip(self(images).unbind(1), self.replicas, strict=True):
+            if self.global_step == 0:
+                alone = replica(images)
+                if bool((alone - together).norm() > 0.1 * alone.norm()):
+                    raise UsageError(
+                        f"{type(replica).__name__} computes other outputs in a stack than alone: replicas may differ "
+                        "in parameters and buffers alone (register_buffer keeps other tensors)"
+                    )
+            elif bool(together.isfinite().all()):  # it has not diverged
+                replica(images)
+        for module, training in modes:
+            module.training = training
 
-        all_at_once = vmap(one, in_dims=(0, 0 if own_batches else None), out_dims=1, randomness="different")
-        return all_at_once(self._stacked_state(), images)
+    def _counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+        if batch_idx == 0:
+            self.check(batch)
+            self._uncounted[stage] = []
+            for replica in self.replicas:
+                for metric in replica.metrics_of(stage).values():
+                    metric.reset()
+        outputs, targets, losses = self.step(batch)
+        self._uncounted.setdefault(stage, []).append((outputs.detach(), targets, losses.detach()))
+        if len(self._uncounted[stage]) == COUNTED_AT_ONCE:
+            self._count(stage)
+        return losses.sum()
 
-    def _stacked_state(self) -> dict[str, Tensor]:
-        """Parameters and buffers by their name in one replica, with a leading dimension of replicas."""
-        if not self._stacks:
-            replicas = [dict(replica.named_modules()) for replica in self.replicas]
-            (template,) = self._template
-            for name, _ in (*template.named_parameters(), *template.named_buffers()):
-                owner, _, own_name = name.rpartition(".")
-                self._stacks[name] = _Stack([modules[owner] for modules in replicas], own_name)
-        return {name: stack.tensor() for name, stack in self._stacks.items()}
+    def _count(self, stage: str) -> None:
+        batches = self._uncounted.pop(stage, [])
+        if not batches:
+            return
+        outputs, targets = (torch.cat(parts, 1) for parts in list(zip(*batches, strict=True))[:2])
+        losses = torch.stack([losses for _, _, losses in batches])  # (batches, R)
+        sizes = torch.tensor([targets.shape[1] for _, targets, _ in batches], device=losses.device)
+        for k, replica in enumerate(self.replicas):
+            replica.metrics_of(stage)["loss"].update(losses[:, k], sizes)
+            replica.metrics_of(stage)["scores"].update(outputs[k], targets[k])
 
-    def shared_step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        """Sum of the replicas' losses of one batch; counts them into the metrics of ``stage``."""
-        images, labels = batch
-        logits = self(images)  # (N, R, classes)
-        copies = len(self.replicas) // (len(labels) if labels.dim() == 2 else 1)
-        labels = labels.T.repeat(1, copies) if labels.dim() == 2 else labels[:, None].expand(-1, copies)
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-        self.metrics[f"{stage}_loss"].update(losses.detach())
-        self.metrics[f"{stage}_accuracy"].update(logits.detach().argmax(-1) == labels)
-        return losses.mean(0).sum()
+    def _log_epoch(self, stages: Sequence[str]) -> None:
+        for stage in stages:
+            self._count(stage)
+            for place, mean in self.metrics_of(stage).named_modules():
+                if isinstance(mean, Metric):
+                    of_each = [replica.metrics_of(stage).get_submodule(place) for replica in self.replicas]
+                    values = torch.stack([metric.compute() for metric in of_each])
+                    mean.reset()
+                    mean.update(values)
+                    name = f"{stage}_{place.rpartition('.')[2]}"
+                    self.log_dict({f"{name}/{k}": value for k, value in enumerate(values)})
+                    if not self.trainer.sanity_checking:
+                        self._newest[name] = values.tolist()
+        super()._log_epoch(stages)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.history += [{"epoch": self.current_epoch, **row} for row in self.table()]
+        self._newest = {}
 
     def on_train_start(self) -> None:
         for replica in self.replicas:
             replica.on_train_start()
 
-    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        if self._met_inputs:
-            return
-        # once one by one, for the hooks by which layers refuse negative inputs: they do not act on stacks
-        self._met_inputs = True
-        images = batch[0].flatten(0, -len(self.input_shape) - 1)[: batch[1].shape[-1]]
-        training = self.training
-        self.eval()
-        with torch.no_grad():
-            for replica in self.replicas:
-                replica(images)
-        self.train(training)
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the history, and what the metrics of all replicas have counted so far."""
+        self._count("train")
+        of_each: list[dict[str, Any]] = [{} for _ in self.replicas]
+        for replica, own in zip(self.replicas, of_each, strict=True):
+            replica.on_save_checkpoint(own)
+        checkpoint["replicas"] = {"history": self.history, "newest": self._newest, "of_each": of_each}
 
-    def _epoch_metrics(self, stage: str) -> dict[str, Tensor]:
-        metrics: dict[str, Tensor] = {}
-        for name, values in super()._epoch_metrics(stage).items():
-            # torchmetrics makes a scalar of one value
-            metrics |= {name: values.mean(), **{f"{name}/{k}": value for k, value in enumerate(values.flatten())}}
-        return metrics
-
-    def _log_epoch(self, stage: str, logger: bool = True) -> None:
-        for name, value in self._epoch_metrics(stage).items():
-            self.log(name, value, prog_bar="/" not in name, logger=logger)
-        for name in metric_names(stage):
-            self.metrics[name].reset()
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        kept = checkpoint["replicas"]
+        self.history, self._newest = list(kept["history"]), dict(kept["newest"])
+        for replica, own in zip(self.replicas, kept["of_each"], strict=True):
+            replica.on_load_checkpoint(own)
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1:
-            raise UsageError(
-                "replicas train in one process: use --trainer.devices=1, and several runs for several GPUs"
-            )
-        if stage == "fit" and self.trainer.gradient_clip_val:
-            raise UsageError(
-                f"gradient_clip_val={self.trainer.gradient_clip_val} clips the gradient of all replicas together: use "
-                "LayerGradientClipping, which clips each layer of each replica"
-            )
-        if stage == "fit" and self.trainer.precision == "16-mixed":
+        trainer: Any = self.trainer
+        if trainer.world_size > 1:
+            raise UsageError("replicas train in one process: use devices=1, and several runs for several GPUs")
+        if stage == "fit" and trainer.gradient_clip_val:
+            given = f"gradient_clip_val={trainer.gradient_clip_val}"
+            raise UsageError(f"{given} clips the gradient of all replicas together: use LayerGradientClipping")
+        if stage == "fit" and trainer.precision == "16-mixed":
             raise UsageError("with precision 16-mixed, a step that one replica skips is lost to all: use bf16-mixed")
-        if any(isinstance(callback, DaleDiagnostics) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise UsageError(
-                "DaleDiagnostics looks at the layers of one network, which replicas compute as one stack: fit one seed "
-                "and learning rate by itself to look at it"
-            )
-        self._stacks, self._met_inputs = {}, False
+        if any(isinstance(callback, DaleDiagnostics) for callback in trainer.callbacks):
+            raise UsageError("DaleDiagnostics looks at the layers of one network, which replicas stack: fit one alone")
+        self._newest, self._uncounted = {}, {}
+        if stage == "fit":
+            self.history = []
+        self.stacks.template.trainer = trainer
         for replica in self.replicas:
-            replica.trainer = self.trainer
+            replica.trainer = trainer
             replica.setup(stage)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """One optimizer; its groups are those of a replica, once for each learning rate."""
-        groups: dict[str, dict[str, Any]] = {}
-        if self.correction == "measured":
-            raise UsageError("correction='measured' measures one network, not many: use 'fisher', or single runs")
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The groups of the replicas, those of one kind and learning rate as one."""
+        merged: dict[Any, dict[str, Any]] = {}
         for index, replica in enumerate(self.replicas):
             rate = self.settings(index).get("learning_rate")
-            for group in fisher_param_groups(replica, self.correction):
+            for group in replica.parameter_groups():
                 if rate is not None:
-                    group |= {"name": f"{group['name']}/lr={rate}", "lr": rate, "base_lr": rate}
-                groups.setdefault(group["name"], {**group, "params": []})["params"] += group["params"]
-        optimizer = fisher_optimizer(self.optimizer_factory, list(groups.values()))
-        if hasattr(optimizer, "update_fisher"):
-            raise UsageError(f"{type(optimizer).__name__} estimates the Fisher information of one network, not of many")
-        return optimizer
+                    name, base = (f"{group[key]}/lr={rate}" for key in ("name", "base"))
+                    group |= {"name": name, "base": base, "lr": rate * group.get("base_rate", 1.0) * group["lr_scale"]}
+                group["signed"] = [f"replicas.{index}.{name}" for name in group["signed"]]
+                options = {key: value for key, value in group.items() if key not in ("params", "signed")}
+                same = merged.setdefault(repr(options), {**options, "params": [], "signed": []})
+                for key in ("params", "signed"):
+                    same[key] += group[key]
+        names = [group["name"] for group in merged.values()]
+        for k, group in enumerate(merged.values()):
+            if names.count(group["name"]) > 1:  # a correction that differs from replica to replica
+                group["name"] += f"/{k}"
+        return list(merged.values())
 
     def configure_optimizers(self) -> Any:
         configured = super().configure_optimizers()
+        optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+        if hasattr(optimizer, "update_fisher"):
+            raise UsageError(f"{type(optimizer).__name__} estimates the Fisher information of one network, not of many")
         if isinstance(configured, dict) and "monitor" in configured["lr_scheduler"]:
             raise UsageError("ReduceLROnPlateau follows one validation loss, and would tie the replicas to each other")
         return configured
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """`ReplicaProjection`, and `ReplicaCheckpoint` where the Trainer saves checkpoints; unless it has them."""
-        wanted = self.trainer.checkpoint_callbacks and not self._replica_checkpoints()
-        return self._with_projection([ReplicaCheckpoint()] if wanted else [])
-
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        for callback in self._replica_checkpoints():
-            callback.save(self.trainer, self)
-
-    def _replica_checkpoints(self) -> list[ReplicaCheckpoint]:
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in callbacks if isinstance(callback, ReplicaCheckpoint)]
-
-
-def _factory(classifier: ClassifierFactory, data: dict[str, Any]) -> Callable[[int, float | None], ImageClassifier]:
-    """Makes the replica of a seed and rate, and refuses it if it does more than `ReplicatedClassifier` does for it."""
-
-    def make(seed: int, rate: float | None) -> ImageClassifier:
-        if not callable(classifier) or isinstance(classifier, nn.Module):
-            raise UsageError(
-                f"classifier={type(classifier).__name__} object: give what makes one, e.g. "
-                "functools.partial(DANNMLP, hidden_sizes=[100, 100])"
-            )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            # not in the context of the command line, where it would take our hyperparameters for its own
-            replica = contextvars.Context().run(classifier, **data)
-        if not isinstance(replica, ImageClassifier):
-            raise UsageError(f"classifier made a {type(replica).__name__}, which is no ImageClassifier")
-        kind = type(replica)
-        if next(replica.parameters(), None) is None:
-            raise UsageError(f"{kind.__name__} has no parameters: set self.network in its __init__")
-        own = [name for name in STEPS if getattr(kind, name, None) is not getattr(ImageClassifier, name, None)]
-        if own:
-            raise UsageError(
-                f"{kind.__name__} has its own {', '.join(own)}, which replicas do not run: they train by forward and "
-                "cross-entropy alone (callbacks belong to the Trainer)"
-            )
-        _own_hyperparameters(replica, data, rate)
-        return replica
-
-    return make
-
-
-def _own_hyperparameters(replica: ImageClassifier, data: dict[str, Any], rate: float | None) -> None:
-    """A class named on the command line is given the arguments of us all: keep those of the replica's single run."""
-    given = replica.hparams.get("classifier")
-    if "_class_path" not in replica.hparams or not isinstance(given, Mapping):
-        return
-    own = copy.deepcopy({**given.get("init_args", {}), **data})
-    if rate is not None and isinstance(own.get("optimizer"), dict):
-        own["optimizer"].setdefault("init_args", {})["lr"] = rate
-    instantiator = replica.hparams["_instantiator"]
-    replica.hparams.clear()
-    replica.hparams.update({"_class_path": given["class_path"], **own, "_instantiator": instantiator})
-
-
-class _Stack:
-    """One parameter or buffer of all replicas in one tensor, of which theirs are slices.
-
-    Tensors that have been given other memory since (by `torch.nn.Module.to`, a copy, a load) are stacked anew.
-    """
-
-    def __init__(self, owners: list[nn.Module], name: str) -> None:
-        self.owners, self.name = owners, name
-        self._addresses: list[int] = []
-
-    def tensor(self) -> Tensor:
-        """The stack. If it is trained, a leaf, whose gradient becomes the gradients of the slices."""
-        slices: list[Tensor] = [getattr(owner, self.name) for owner in self.owners]
-        if [s.data_ptr() for s in slices] != self._addresses:
-            self._stack(slices)
-        if not torch.is_grad_enabled() or not any(s.requires_grad for s in slices):
-            return self.whole
-        leaf = self.whole.detach().requires_grad_()
-
-        def hand_down(leaf: Tensor) -> None:
-            for s, gradient in zip(slices, leaf.grad.unbind(), strict=True):  # type: ignore[union-attr]
-                s.grad = gradient if s.grad is None else s.grad + gradient
-
-        leaf.register_post_accumulate_grad_hook(hand_down)
-        return leaf
-
-    @torch.inference_mode(False)  # in a first forward pass under it, the weights could never be trained again
-    @torch.no_grad()
-    def _stack(self, slices: list[Tensor]) -> None:
-        self.whole = torch.stack([s.detach() for s in slices])
-        if self.whole.dim() == 3:
-            # transposed in memory, as the gradient of a batched matrix product is, which then need not be copied
-            self.whole = self.whole.mT.contiguous().mT
-        for s, view in zip(slices, self.whole, strict=True):
-            s.data = view
-        self._addresses = [view.data_ptr() for view in self.whole]
-
-
-class _MeanOfEach(Metric):
-    """Mean over samples of (N, R) values, for each of R replicas."""
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, replicas: int) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(replicas), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor) -> None:
-        self.total += values.sum(0)
-        self.count += len(values)
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
+        """`ReplicaProjection` instead of `DaleProjection`, and `ReplicaCheckpoint` where the Trainer writes."""
+        present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        projected = any(isinstance(c, DaleProjection) and type(c) is not DaleProjection for c in present)
+        writes = self.trainer.checkpoint_callbacks or (self.trainer.testing and self.trainer.loggers)
+        saved = any(isinstance(c, ReplicaCheckpoint) for c in present) or not writes
+        return [*([] if projected else [ReplicaProjection()]), *([] if saved else [ReplicaCheckpoint()])]

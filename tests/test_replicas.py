@@ -3,13 +3,18 @@
 import copy
 import csv
 import functools
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassF1Score
 
 from lightning_danns import (
     DANNMLP,
@@ -22,10 +27,10 @@ from lightning_danns import (
     LayerGradientClipping,
     MNISTDataModule,
     ReplicatedClassifier,
+    Unfreeze,
     UsageError,
     project_,
 )
-from lightning_danns.checkpoints import LastCheckpoint
 from lightning_danns.testing import assert_dale
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
@@ -71,7 +76,7 @@ CLASSIFIERS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("optimizer", [SGD, MOMENTUM, ADAM], ids=["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("optimizer", [MOMENTUM, ADAM], ids=["momentum", "adam"])
 @CLASSIFIERS
 def test_a_replica_is_the_single_run_of_its_seed_and_rate(classifier, optimizer, data, make_trainer):
     classifier = functools.partial(classifier, optimizer=optimizer)
@@ -98,11 +103,66 @@ def test_in_single_precision_they_are_the_same_up_to_its_rounding(classifier):
         optimizer = model.configure_optimizers()
         for _ in range(5):
             optimizer.zero_grad()
-            model.shared_step((images, labels), "train").backward()
+            model.step((images, labels))[2].sum().backward()
             optimizer.step()
             project_(model)
     assert_same(many.replicas[1], run, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(many(images)[:, 1], run(images), rtol=1e-3, atol=1e-3)
+
+
+def half_wei(model):
+    return {name: 0.5 for name, _ in model.named_parameters() if name.endswith("Wei")}
+
+
+def focal(logits, labels):
+    log_p = nn.functional.log_softmax(logits, -1).gather(-1, labels[:, None])
+    return -((1 - log_p.exp()) ** 2 * log_p).mean()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"label_smoothing": 0.2, "top_k": [3]},
+        {"loss": focal},
+        {"loss": nn.CrossEntropyLoss(weight=torch.arange(1, 11).double())},
+        {"metrics": {"f1": MulticlassF1Score(10)}},
+        {"weight_decay": 0.01},
+        {"correction": half_wei},
+        {"rates": {"network.1": 0.1}},
+        {"balanced": True},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+def test_what_a_classifier_has_of_its_own_acts_in_each_replica_as_in_its_single_run(own, data, make_trainer):
+    classifier = functools.partial(SMALL, optimizer=MOMENTUM, **own)
+    model, run = ReplicatedClassifier(classifier, [3, 8], [0.02, 0.003]).double(), single(classifier, 8, 0.003).double()
+    together, alone = (make_trainer(precision="64-true", max_epochs=2) for _ in range(2))
+    for trainer, module in ((together, model), (alone, run)):
+        project_(module)  # balance to the last digit of the higher precision
+        trainer.fit(module, datamodule=data)
+    assert_same(model.replicas[3], run, rtol=1e-6, atol=1e-9)
+    for name, value in alone.callback_metrics.items():
+        assert together.callback_metrics[f"{name}/3"] == pytest.approx(float(value), rel=1e-6)
+
+
+def test_a_correction_may_differ_from_replica_to_replica():
+    def by_weights(model):
+        return {"network.1.Wei": float(model.network[1].Wex.detach().mean())}
+
+    model = ReplicatedClassifier(functools.partial(SMALL, correction=by_weights, optimizer=SGD), [3, 8])
+    group = {p: group for group in model.configure_optimizers().param_groups for p in group["params"]}
+    for replica in model.replicas:
+        layer = replica.network[1]
+        assert group[layer.Wei]["lr"] == pytest.approx(0.05 * float(layer.Wex.mean()))
+
+
+def test_frozen_weights_of_one_replica_stay(data, make_trainer):
+    model = ReplicatedClassifier(SMALL, [3, 8])
+    layers = [replica.network[1] for replica in model.replicas]
+    start = [layer.Wex.detach().clone() for layer in layers]
+    frozen = Unfreeze(["replicas.1.network.1"])
+    make_trainer(callbacks=[frozen]).fit(model, datamodule=data)
+    assert [torch.equal(layer.Wex, before) for layer, before in zip(layers, start, strict=True)] == [False, True]
 
 
 def fit_four(data, make_trainer, classifier=SMALL, optimizer=SGD, **options):
@@ -140,7 +200,7 @@ def test_a_loop_without_a_trainer_gets_the_gradients_of_each_replica():
     model = ReplicatedClassifier(SMALL, [0, 1]).double()
     images, labels = torch.rand(6, 1, 28, 28).double(), torch.arange(6)
     for times in (1, 2):  # gradients add up until they are cleared
-        model.shared_step((images, labels), "train").backward()
+        model.step((images, labels))[2].sum().backward()
         for seed, replica in enumerate(model.replicas):
             run = single(SMALL, seed).double()
             (times * nn.functional.cross_entropy(run(images), labels)).backward()
@@ -184,7 +244,7 @@ def test_dropout_draws_other_units_for_each_replica():
 
 def test_all_replicas_obey_dale_and_a_run_resumes_where_it_stopped(data, make_trainer, tmp_path):
     straight, _ = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=3)
-    last = LastCheckpoint(str(tmp_path))
+    last = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
     fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2, enable_checkpointing=True, callbacks=[last])
     resumed = ReplicatedClassifier(functools.partial(SMALL, optimizer=MOMENTUM), [3, 8], [0.02, 0.003])
     trainer = make_trainer(max_epochs=3, enable_checkpointing=True)
@@ -228,7 +288,7 @@ def test_each_replica_is_saved_with_its_best_weights_and_all_metrics_in_one_tabl
 def test_validation_under_inference_mode_leaves_a_model_that_can_be_trained(classifier, data, make_trainer):
     model = classifier()
     (start,) = make_trainer().validate(model, datamodule=data, verbose=False)
-    model.shared_step((torch.rand(6, 1, 28, 28), torch.arange(6)), "train").backward()
+    model.step((torch.rand(6, 1, 28, 28), torch.arange(6)))[2].sum().backward()
     trainer = make_trainer(max_epochs=3)
     trainer.fit(model, datamodule=data)
     assert trainer.callback_metrics["val_loss"] < start["val_loss"]
@@ -257,19 +317,19 @@ def test_the_folder_of_a_replica_is_the_folder_of_its_single_run(run, data_dir):
     )
     assert "learning rate 0.05, 2 seeds:  val_accuracy 0." in output
     run("fit", "--config=many/replicas/3/config.yaml", "--run_dir=alone")
+    many, alone = (yaml.safe_load((data_dir / f / "result.yaml").read_text()) for f in ("many/replicas/3", "alone"))
+    assert many == {**alone, "best": pytest.approx(alone["best"]), "metrics": pytest.approx(alone["metrics"], rel=1e-3)}
     many, alone = (
         DANNMLP.load_from_checkpoint(data_dir / folder / "checkpoints" / "last.ckpt")
         for folder in ("many/replicas/3", "alone")
     )
     assert_same(many, alone, rtol=1e-3, atol=1e-4)
-    command = output.split("test replica 0:  python train.py ")[1].split()
+    command = output.split("test replica 0:  python -m lightning_danns ")[1].splitlines()[0].split()
     assert "test_accuracy" in run(*command)
     assert (data_dir / "many" / "replicas" / "0" / "test" / "metrics.csv").exists()
     run("test", "--config=many/config.yaml", "--ckpt_path=best")
     with open(data_dir / "many" / "test" / "replicas_test.csv") as file:
         assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1", "0", "1"]
-    refused = run("fit", "--config=many/replicas/3/config.yaml", "--ckpt_path=last", status=2)
-    assert "holds weights alone" in refused
 
 
 def test_a_replica_that_diverges_ends_alone(data, make_trainer, tmp_path):
@@ -281,16 +341,68 @@ def test_a_replica_that_diverges_ends_alone(data, make_trainer, tmp_path):
     model = fit([0.02, 1e30])
     assert_dale(model.replicas[0])
     assert (tmp_path / "replicas" / "0" / "checkpoints" / "last.ckpt").exists()
-    assert not (tmp_path / "replicas" / "1").exists()
+    assert not (tmp_path / "replicas" / "1" / "checkpoints").exists()
+    assert "nan" in (tmp_path / "replicas" / "1" / "metrics.csv").read_text()
     with open(tmp_path / "replicas.csv") as file:
         assert [row["train_loss"] == "nan" for row in csv.DictReader(file)] == [False, True] * 2
     with pytest.raises(UsageError, match="training has diverged"):
         fit([1e30])
 
 
-class OwnLoss(DANNMLP):
-    def shared_step(self, batch, stage):
-        return super().shared_step(batch, stage) / 2
+def test_a_fit_that_goes_on_within_an_epoch_counts_the_whole_of_it(data, make_trainer, tmp_path):
+    straight, _ = fit_four(data, make_trainer, optimizer=MOMENTUM, max_epochs=2)
+    _, trainer = fit_four(data, make_trainer, optimizer=MOMENTUM, max_steps=7)  # of 5 in an epoch
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    resumed = ReplicatedClassifier(functools.partial(SMALL, optimizer=MOMENTUM), [3, 8], [0.02, 0.003])
+    make_trainer(max_epochs=2).fit(resumed, datamodule=data, ckpt_path=tmp_path / "cut.ckpt")
+    assert_same(resumed, straight)
+    assert resumed.history == straight.history
+
+
+def test_a_logger_of_ones_own_leaves_replicas_in_the_run_folder_and_a_second_run_those_of_the_first(
+    data, make_trainer, tmp_path
+):
+    tables = []
+    for _ in range(2):
+        logger = CSVLogger(tmp_path / "logs", name="", version="")
+        options = {"default_root_dir": tmp_path / "run", "logger": logger, "enable_checkpointing": True}
+        model, trainer = fit_four(data, make_trainer, **options)
+        trainer.test(model, datamodule=data, verbose=False)
+        tables.append((tmp_path / "run" / "replicas.csv").read_text())
+    assert tables[0] == tables[1]
+    written = {path.name for path in (tmp_path / "run").iterdir() if "replicas" in path.name}
+    assert written == {
+        *("replicas", "replicas.csv", "replicas-v1", "replicas-v1.csv"),
+        *("replicas_test.csv", "replicas_test-v1.csv"),
+    }
+    assert not [path for path in (tmp_path / "logs").iterdir() if "replicas" in path.name]
+
+
+def test_one_trainer_fits_replicas_between_single_networks(data, make_trainer):
+    mixed, alone = make_trainer(enable_checkpointing=True), make_trainer()
+    models = [single(SMALL, 3), ReplicatedClassifier(SMALL, [3, 8]), single(SMALL, 8)]
+    for model in models:
+        mixed.fit(model, datamodule=data)
+        mixed.fit_loop.max_epochs += 1
+    runs = [single(SMALL, 3), single(SMALL, 8), single(SMALL, 8)]
+    for run in runs:
+        alone.fit(run, datamodule=data)
+        alone.fit_loop.max_epochs += 1
+    for model, run in zip([models[0], models[1].replicas[1], models[2]], runs, strict=True):
+        assert_same(model, run, rtol=1e-3, atol=1e-4)
+    assert_dale(models[1])
+
+
+def test_replicas_pickle():
+    model = ReplicatedClassifier(functools.partial(SMALL, optimizer=SGD), [3, 8])
+    x = torch.rand(2, 1, 28, 28)
+    before = model(x)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), before)
+
+
+class OwnHook(DANNMLP):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / 2
 
 
 class NoNetwork(ImageClassifier):
@@ -307,13 +419,46 @@ class NoNetwork(ImageClassifier):
         ({"classifier": DANNMLP(hidden_sizes=[3])}, "give what makes one"),
         ({"classifier": nn.Identity}, "made a Identity, which is no ImageClassifier"),
         ({"classifier": NoNetwork}, "NoNetwork has no parameters: set self.network"),
-        ({"classifier": OwnLoss}, "OwnLoss has its own shared_step"),
+        ({"classifier": OwnHook}, "OwnHook has its own training_step"),
         ({"classifier": functools.partial(ReplicatedClassifier, SMALL, [0])}, "ReplicatedClassifier has its own"),
+        ({"classifier": functools.partial(SMALL, correction="measured")}, "measures one network, not many"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         ReplicatedClassifier(**{"classifier": SMALL, "seeds": [0, 1], **arguments})
+
+
+class Masked(MLP):
+    """Has a tensor of its own that is no buffer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.mask = (torch.rand(1, 28, 28) > 0.5).float()
+
+    def forward(self, x):
+        return super().forward(x * self.mask)
+
+
+def branching(logits, labels):
+    loss = nn.functional.cross_entropy(logits, labels)
+    return loss if loss > 0 else 2 * loss
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        (functools.partial(SMALL, loss=branching), "DANNMLP.step or its loss cannot run for many replicas at once"),
+        (
+            functools.partial(SMALL, loss=nn.CrossEntropyLoss(reduction="none")),
+            r"the loss of DANNMLP has shape \(25,\)",
+        ),
+        (Masked, "Masked computes other outputs in a stack than alone"),
+    ],
+)
+def test_what_would_not_run_as_in_a_single_run_is_refused(classifier, message, data, make_trainer):
+    with pytest.raises(UsageError, match=message):
+        make_trainer().fit(ReplicatedClassifier(classifier, [0, 1]), datamodule=data)
 
 
 PLATEAU = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, eps=0)
@@ -327,8 +472,9 @@ PLATEAU = functools.partial(torch.optim.lr_scheduler.ReduceLROnPlateau, eps=0)
         ({"optimizer": torch.optim.LBFGS}, "LBFGS doesn't support per-parameter options"),
     ],
 )
-def test_an_optimizer_or_schedule_that_would_tie_the_replicas_together_is_refused(classifier, message):
+def test_an_optimizer_or_schedule_that_would_tie_the_replicas_together_is_refused(classifier, message, make_trainer):
     model = ReplicatedClassifier(functools.partial(SMALL, **classifier), seeds=[0, 1])
+    model.trainer = make_trainer()
     with pytest.raises(UsageError, match=message):
         model.configure_optimizers()
 
