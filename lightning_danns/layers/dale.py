@@ -56,6 +56,7 @@ class DaleModule(nn.Module):
             (a switched-off option) are passed over.
         nonnegative_inputs: whether the layer is only defined for inputs >= 0.
         unit_dim: the dimension of its output that counts units; -1, or -3 for a convolution over images.
+        relative_to: the own parameter whose rate and Fisher information the factors are relative to; None, the first.
         balanced: whether each unit's total inhibition is kept equal to its total excitation.
         balancing: names of the own parameters that make up inhibition; `project_` then clamps them to `VANISHING`
             instead of 0.
@@ -63,7 +64,7 @@ class DaleModule(nn.Module):
     Methods:
         lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
         balance: both totals of each unit, of a layer that can be balanced.
-        components, net_weight: for analysis (`lightning_danns.diagnostics`), if the layer has such parts.
+        components, net_weight: for analysis (`lightning_danns.analysis`), if the layer has such parts.
 
     Example:
         >>> class Excitatory(DaleModule):
@@ -88,6 +89,7 @@ class DaleModule(nn.Module):
     nonnegative: ClassVar[tuple[str, ...]] = ()
     nonnegative_inputs: ClassVar[bool] = True
     unit_dim: ClassVar[int] = -1
+    relative_to: ClassVar[str | None] = None
     balanced: bool = False
     balancing: ClassVar[tuple[str, ...]] = ()
 

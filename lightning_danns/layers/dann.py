@@ -60,6 +60,7 @@ class DANN(DaleModule):
 
     nonnegative = ("Wex", "Wix", "Wei", "g")
     balancing = ("Wix", "Wei")
+    relative_to = "Wex"
     alpha: nn.Parameter | None
     g: nn.Parameter | None
     b: nn.Parameter | None
