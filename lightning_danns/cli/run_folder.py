@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_danns.errors import UsageError
@@ -64,6 +65,36 @@ def keep_earlier(path: Path) -> Path | None:
     return path.rename(earlier)
 
 
+class _Late:
+    """A logger whose files are made when training (or testing, ...) starts; Lightning asks for them before."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.begun, self._waiting = False, []  # type: tuple[bool, list[Any]]
+
+    def begin(self) -> None:
+        """Make the files."""
+        self.begun = True
+        while self._waiting:
+            self.log_hyperparams(*self._waiting.pop(0))
+
+    @property
+    def experiment(self) -> Any:
+        return super().experiment if self.begun else None  # type: ignore[misc]
+
+    def log_hyperparams(self, *args: Any) -> None:
+        if self.begun:
+            super().log_hyperparams(*args)  # type: ignore[misc]
+        else:
+            self._waiting.append(args)
+
+
+class LateCSVLogger(_Late, CSVLogger): ...
+
+
+class LateTensorBoardLogger(_Late, TensorBoardLogger): ...
+
+
 class RunRecord(pl.Callback):
     """Writes into the folder of a run, in the process that trains:
 
@@ -82,6 +113,9 @@ class RunRecord(pl.Callback):
             (self.folder / "result.yaml").unlink(missing_ok=True)
 
     def _start(self, trainer: pl.Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, _Late):
+                logger.begin()
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,14 +137,13 @@ class RunRecord(pl.Callback):
             self._start(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
+        """Refuse to wait for what no validation logs; if there is a sanity check, before training starts."""
         logged = trainer.callback_metrics
-        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        for monitor in [callback.monitor for callback in stops]:
-            if monitor not in logged and not monitor.startswith("train"):
+        for callback in trainer.callbacks if trainer.state.fn == "fit" else []:  # type: ignore[attr-defined]
+            monitor = str(getattr(callback, "monitor", ""))
+            if monitor.startswith("val") and monitor not in logged:
                 known = ", ".join(sorted(logged))
-                raise UsageError(f"EarlyStopping monitors {monitor!r}, which was not logged; these were: {known}")
+                raise UsageError(f"{type(callback).__name__}: monitor={monitor!r} was not logged; these were: {known}")
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
