@@ -87,7 +87,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(compare):
     ("args", "reason"),
     [
         (["nowhere.yaml"], "nowhere.yaml does not exist"), (["mlp.yaml", "other/mlp.yaml"], "the same folder"),
-        (["mlp.yaml", "mlp.yaml"], "the same folder"), (["mlp.yaml", "--seeds", "1", "1"], "each must be there once"),
+        (["mlp.yaml", "mlp.yaml"], "the same folder"),
         (["mlp.yaml", "--jobs=0"], "at least 1"), (["mlp.yaml", "--seed_everything=1"], "leave it out"),
         (["mlp.yaml", "--run_dir=x"], "leave it out"), (["mlp.yaml", "--storage=nothing://x"], "nothing://x"),
     ],

@@ -15,7 +15,7 @@ import yaml
 
 from lightning_danns.errors import UsageError
 from lightning_danns.study import command
-from lightning_danns.study.figures import learning_rates, styles
+from lightning_danns.study.report import learning_rates, styles
 from lightning_danns.study.runs import load_runs
 from lightning_danns.study.tables import cell, file_name, label, table
 
@@ -260,7 +260,7 @@ def test_without_the_extra_it_says_what_to_install():
         "import sys; sys.modules['pandas'] = None; from lightning_danns.study import command; command('report', ['.'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert 'studies need pandas: pip install "lightning-danns[study]"' in result.stderr
+    assert 'studies need pip install "lightning-danns[study]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 
