@@ -165,6 +165,13 @@ def test_a_run_that_two_commands_have_queued_is_trained_once(tmp_path, monkeypat
     assert trained == ["b"]
 
 
+def test_a_run_that_was_finished_after_it_was_queued_is_left_alone(compare):
+    compare("dann.yaml")
+    study = optuna.load_study(study_name="compare", storage=queue.open_storage(Path("my runs"), None))
+    study.enqueue_trial({}, user_attrs={"run": "dann/seed_0", "args": []})
+    assert compare("dann.yaml", "--seeds", 0, 1)[0] == ["dann/seed_1"]
+
+
 def test_the_run_of_a_killed_process_is_finished_by_another(compare, monkeypatch):
     def hang(folder, epoch):
         if epoch == 1 and os.getpid() != here:

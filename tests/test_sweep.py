@@ -81,7 +81,7 @@ def test_mistakes_are_found_before_anything_is_written(sweep, args, reason):
 
 @pytest.mark.parametrize(("mode", "metric", "best_of"), [("max", "val_accuracy", max), ("min", "val_loss", min)])
 def test_a_sweep_ends_with_the_config_of_the_best_epoch_of_what_the_task_monitors(sweep, mode, metric, best_of):
-    out = sweep(LR, "--trials=8", f"--mode={mode}", "--trainer.max_epochs=3")
+    out = sweep(LR, "--trials=5", f"--mode={mode}", "--trainer.max_epochs=3")
     best = {}
     for row in rows():
         if row["state"] == "COMPLETE":
@@ -97,17 +97,17 @@ def test_a_sweep_ends_with_the_config_of_the_best_epoch_of_what_the_task_monitor
 
 
 def test_hopeless_trials_end_early_but_not_in_the_first_third(sweep):
-    sweep(LR, "--trials=14", "--trainer.max_epochs=6")
+    sweep(LR, "--trials=14", "--trainer.max_epochs=3")
     lengths = {row["run"]: len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()}
     pruned = [row for row in rows() if row["state"] == "PRUNED"]
     assert pruned
-    assert all(2 < lengths[row["run"]] < 6 for row in pruned)
-    assert all(lengths[row["run"]] == 6 for row in rows() if row["state"] == "COMPLETE")
+    assert all(1 < lengths[row["run"]] < 3 for row in pruned)
+    assert all(lengths[row["run"]] == 3 for row in rows() if row["state"] == "COMPLETE")
 
 
 def test_no_trial_ends_early_without_pruning(sweep):
-    sweep(LR, "--trials=9", "--trainer.max_epochs=4", "--no_pruning")
-    assert [len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()] == [4] * 9
+    sweep(LR, "--trials=9", "--trainer.max_epochs=3", "--no_pruning")
+    assert [len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()] == [3] * 9
 
 
 def test_a_trial_that_diverges_is_named_and_the_others_go_on(sweep):

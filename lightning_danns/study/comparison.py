@@ -77,6 +77,8 @@ def main(args: Sequence[str]) -> int:
 
     def train(trial: Trial) -> float:
         name = trial.user_attrs["run"]  # which may be of another command on the same folder
+        if name in runs and runs[name].finished():  # since it was queued, by another process
+            raise optuna.TrialPruned
         queue.fit(left.get(name, trial.user_attrs["args"]), options.folder / name)
         return float(result_of(options.folder / name).get("best") or 0)  # to be shown; what is done, the folder tells
 
