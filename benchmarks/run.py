@@ -24,7 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from lightning_danns import DANNMLP, DANNConv2d, MNISTDataModule, cli, fisher_param_groups, project_
-from lightning_danns.networks import ColumnEIFamily, DANNFamily, Family, StandardFamily, mlp
+from lightning_danns.networks import ColumnEIFamily, DANNFamily, Family, StandardFamily, mlp, resnet
 
 Step = Callable[[], Any]
 Row = dict[str, Any]
 MNIST, HIDDEN, CLASSES = (1, 28, 28), (500, 500, 500), 10
+STEMS: tuple[Literal["small", "large"], ...] = ("small", "large")
 LAYERNORM, DANN = StandardFamily("layer"), DANNFamily()
 
 
@@ -66,7 +67,9 @@ def rows_of(times: dict[str, list[float]]) -> list[Row]:
     ]
 
 
-def training_step(network: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
+def training_step(
+    network: nn.Module, inputs: Tensor, targets: Tensor, project: Callable[[nn.Module], None] = project_
+) -> Step:
     """Forward, backward, SGD over the parameter groups, projection."""
     optimizer = torch.optim.SGD(fisher_param_groups(network, lr=1e-3))
 
@@ -75,7 +78,7 @@ def training_step(network: nn.Module, inputs: Tensor, targets: Tensor) -> Step:
         inputs.grad = None
         loss(network(inputs), targets).backward()
         optimizer.step()
-        project_(network)
+        project(network)
 
     loss = F.cross_entropy if targets.dim() == 1 else F.mse_loss
     return step
@@ -116,28 +119,68 @@ def conv(repeats: int) -> list[Row]:
     return in_turns({name: training_step(net, x, target) for name, net in conv_blocks().items()}, repeats, block=1)
 
 
+def projection(repeats: int) -> list[Row]:
+    """Training step without the projection, with the clamp alone, and with clamp and balance; batch 32."""
+
+    def dense_net(balanced: bool) -> nn.Module:
+        return mlp(MNIST, HIDDEN, CLASSES, DANNFamily(balanced=balanced))
+
+    def conv_net(balanced: bool) -> nn.Module:
+        return nn.Sequential(DANNConv2d(64, 64, 10, 3, padding=1, balanced=balanced), nn.ReLU())
+
+    cases: dict[str, tuple[Callable[[bool], nn.Module], Tensor, Tensor]] = {
+        "784-500-500-500-10": (dense_net, torch.rand(32, *MNIST), torch.randint(CLASSES, (32,))),
+        "3x3 convolution": (conv_net, torch.rand(32, 64, 32, 32, requires_grad=True), torch.rand(32, 64, 32, 32)),
+    }
+    rows = []
+    for name, (net, inputs, targets) in cases.items():
+        steps = {
+            "none": training_step(net(True), inputs, targets, lambda network: None),
+            "clamp": training_step(net(False), inputs, targets),
+            "clamp and balance": training_step(net(True), inputs, targets),
+        }
+        rows += [{"network": name, **row} for row in in_turns(steps, repeats)]
+    return rows
+
+
+def resnets(repeats: int) -> list[Row]:
+    """Training step of ResNet-18, 64 x 64 pixels, batch 16, 1000 classes, beside its BatchNorm twin."""
+    images, labels = torch.rand(16, 3, 64, 64), torch.randint(1000, (16,))
+    families = {"BatchNorm": StandardFamily("batch"), "DANN": DANN, "DANN, balanced": DANNFamily(balanced=True)}
+    rows = []
+    for stem in STEMS:
+        nets = {name: resnet(18, (3, 64, 64), 1000, family, stem=stem) for name, family in families.items()}
+        steps = {name: training_step(net, images, labels) for name, net in nets.items()}
+        for row, net in zip(in_turns(steps, repeats), nets.values(), strict=True):
+            rows.append({"stem": stem, **row, "MB kept": kept_for_backward(net, images)})
+    return rows
+
+
 def memory(repeats: int) -> list[Row]:
     """Memory that the forward pass keeps for the backward pass, beside the parameters."""
     x = torch.rand(250, *MNIST)
     cases = {f"dense, {name}": (mlp(MNIST, HIDDEN, CLASSES, family), x) for name, family in
              {"Linear + LayerNorm + ReLU": LAYERNORM, "DANN": DANN}.items()}  # fmt: skip
     cases |= {f"conv, {name}": (net, torch.rand(32, 64, 32, 32)) for name, net in conv_blocks().items()}
-    rows = []
-    for name, (network, images) in cases.items():
-        own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-        kept: dict[int, int] = {}
+    return [{"name": name, "MB": kept_for_backward(network, images)} for name, (network, images) in cases.items()]
 
-        def keep(tensor: Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = network(images)
-        rows.append({"name": name, "MB": round(sum(kept.values()) / 1e6, 2)})
-        del output
-    return rows
+def kept_for_backward(network: nn.Module, images: Tensor) -> float:
+    """Megabytes of what autograd keeps, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = network(images)
+    size = round(sum(kept.values()) / 1e6, 2)
+    del output
+    return size
 
 
 def compiled(repeats: int) -> list[Row]:
@@ -253,7 +296,8 @@ def imports(repeats: int) -> list[Row]:
 
 
 SECTIONS: dict[str, Callable[[int], list[Row]]] = {
-    function.__name__: function for function in (dense, conv, memory, loader, fit, imports, compiled, scaling)
+    function.__name__: function
+    for function in (dense, conv, projection, resnets, memory, loader, fit, imports, compiled, scaling)
 }
 
 

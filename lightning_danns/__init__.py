@@ -4,16 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_danns.analysis import activity as activity
+    from lightning_danns.analysis import daleify as daleify
     from lightning_danns.callbacks import CosineStepControl as CosineStepControl
     from lightning_danns.callbacks import DaleDiagnostics as DaleDiagnostics
     from lightning_danns.callbacks import DaleProjection as DaleProjection
     from lightning_danns.callbacks import FisherMonitor as FisherMonitor
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
     from lightning_danns.callbacks import Unfreeze as Unfreeze
-    from lightning_danns.convert import daleify as daleify
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_danns.data import ImageDataModule as ImageDataModule
+    from lightning_danns.data import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_danns.data import ImageNetDataModule as ImageNetDataModule
     from lightning_danns.data import KMNISTDataModule as KMNISTDataModule
     from lightning_danns.data import MNIST5kDataModule as MNIST5kDataModule
     from lightning_danns.data import MNISTDataModule as MNISTDataModule
@@ -57,9 +60,10 @@ _ROOMS = {
         "ImageClassifier MLP Regression ResNet Task VGG"
     ),
     "replicas": "ReplicatedClassifier",
-    "convert": "daleify",
+    "analysis": "activity daleify",
     "data": (
-        "CIFAR10DataModule FashionMNISTDataModule ImageDataModule KMNISTDataModule MNIST5kDataModule MNISTDataModule"
+        "CIFAR10DataModule FashionMNISTDataModule ImageDataModule ImageFolderDataModule ImageNetDataModule "
+        "KMNISTDataModule MNIST5kDataModule MNISTDataModule"
     ),
     "errors": "UsageError",
     "testing": "assert_dale",

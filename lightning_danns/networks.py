@@ -85,7 +85,7 @@ class StandardFamily:
     def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
         if self.norm == "layer":
             raise UsageError("norm='layer': convolutional networks have 'none', 'group', 'batch' or 'centred'")
-        norms = {"group": [nn.GroupNorm(1, n)], "batch": [nn.BatchNorm2d(n)]}
+        norms: dict[str, list[nn.Module]] = {"group": [nn.GroupNorm(1, n)], "batch": [nn.BatchNorm2d(n)]}
         norm = norms.get(self.norm, [])
         conv = nn.Conv2d(c, n, kernel, stride, padding=kernel // 2, bias=self.conv_bias)
         nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel**2 * c)))

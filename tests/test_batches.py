@@ -7,10 +7,10 @@ import pytorch_lightning as pl
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_danns import CIFAR10DataModule, MNISTDataModule, UsageError
-from lightning_danns.data.batches import EvenBatchSampler, ResumableLoader
+from lightning_danns.data.batches import BatchDataset, EvenBatchSampler, ResumableLoader
 
 SIZES = {"n": st.integers(1, 70), "batch_size": st.integers(1, 9), "world_size": st.integers(1, 4)}
 
@@ -65,9 +65,9 @@ def test_orders_follow_from_seed_and_epoch():
 
 
 def test_every_step_of_every_process_draws_numbers_of_its_own():
-    class Seeds(Dataset):
-        def __getitem__(self, index):
-            return index.seed
+    class Seeds(BatchDataset):
+        def batch(self, samples, seed):
+            return seed
 
     drawn = []
     for process in ((0, 2), (1, 2)):
@@ -103,7 +103,7 @@ def test_a_loader_goes_on_after_any_batch(make_loader, num_workers):
     everything = served(make_loader(), 2)  # 2 epochs of 4 batches
     assert len(set(everything)) == 8
     assert served(make_loader(num_workers=num_workers), 2) == everything  # workers change nothing
-    for done in range(8):
+    for done in range(0, 8, 3 if num_workers else 1):
         first = make_loader()
         for _ in range(done // 4):
             served(first, 1)
@@ -153,3 +153,50 @@ def test_limited_epochs_start_at_their_own_beginning(data_dir, make_trainer):
     data = MNISTDataModule(str(data_dir), 10, 50)
     data.setup()
     assert overfit == 2 * [data.train_set[k : k + 10][0].sum().item() for k in (0, 10)]
+
+
+class WarmUp(pl.LightningModule):
+    """Any network whose schedule asks how long it will train, with dropout; dies in step ``dies``."""
+
+    def __init__(self, dies=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10), torch.nn.Dropout())
+        self.dies = dies
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == self.dies:
+            raise InterruptedError
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1, self.trainer.estimated_stepping_batches)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+@pytest.mark.parametrize("dies", [1, 14, 15, 19])  # 15 steps an epoch
+def test_a_killed_run_with_a_schedule_over_all_steps_resumes_to_the_bit(data_dir, make_trainer, tmp_path, dies):
+    def fit(model, seed, **kwargs):
+        pl.seed_everything(seed)
+        each_step = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_on_train_epoch_end=True)
+        trainer = make_trainer(max_epochs=2, callbacks=each_step, enable_checkpointing=True)
+        trainer.fit(model, datamodule=MNISTDataModule(str(data_dir), 10, 50), **kwargs)
+        return model.net[1].weight
+
+    with pytest.raises(InterruptedError):
+        fit(WarmUp(dies), 0)
+    (saved,) = (tmp_path / "saved").iterdir()
+    resumed = fit(WarmUp(), 1, ckpt_path=saved, weights_only=True)
+    assert torch.equal(resumed, fit(WarmUp(), 0))
+
+
+def test_evaluating_a_checkpoint_does_not_move_the_training_data(data_dir, make_trainer, tmp_path):
+    trainer, model = make_trainer(max_steps=4), WarmUp()
+    trainer.fit(model, datamodule=MNISTDataModule(str(data_dir), 10, 50))
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    data = MNISTDataModule(str(data_dir), 10, 50)
+    model.validation_step = model.training_step
+    make_trainer().validate(model, data, ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
+    make_trainer(limit_train_batches=3, limit_val_batches=0).fit(model, datamodule=data)
+    assert data.state_dict()["done"] == 3

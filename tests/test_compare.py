@@ -1,236 +1,205 @@
 """A comparison trains each config with each seed once, whatever interrupts it, and never mixes settings."""
 
-import csv
+import multiprocessing
 import os
+import shlex
 import signal
-import subprocess
-import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import QUIET
+import yaml
+from conftest import QUIET, SMALL
+from study_fits import epochs_of, fake_main, hasty_connect, real_main
 
 import lightning_danns.cli as cli
-from lightning_danns import compare as tool
-from lightning_danns import workers
-from lightning_danns.report import load_runs
+from lightning_danns.study import command, queue
+from lightning_danns.study.settings import settings_of
 
-ARM = """
-model:
-  class_path: {model}
-  init_args: {{hidden_sizes: [12], optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: {lr}}}}}}}
-data:
-  class_path: MNISTDataModule
-  init_args: {{val_size: 50, batch_size: 20}}
-"""
-FIT = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
+ARM = "model: {{class_path: {0}}}\ndata: {{class_path: {0}Data}}\n"
 
 
 @pytest.fixture
-def arms(run):
-    """Two configs in the working folder, with tiny data."""
-    Path("dann.yaml").write_text(ARM.format(model="DANNMLP", lr=0.1))
-    Path("mlp.yaml").write_text(ARM.format(model="MLP", lr=0.1))
-    return ["dann.yaml", "mlp.yaml"]
-
-
-@pytest.fixture
-def compare(arms, monkeypatch, capsys):
-    """Runs the tool with fits in this process, and returns which it started and what it printed."""
-
-    def start(module, args, log, jobs, index):
-        started.append("/".join(Path(next(a for a in args if a.startswith("--run_dir="))[10:]).parts[-2:]))
-        try:
-            cli.main(args)
-        except SystemExit as exit:
-            log.write_text(capsys.readouterr().err)
-            return ended(exit.code)
-        return ended(0)
-
-    def ended(status):
-        return SimpleNamespace(poll=lambda: status, returncode=status)
+def compare(tmp_path, monkeypatch, capsys):
+    """Runs the command on two configs in a folder with a space, with fits that take no time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "main", fake_main)
+    monkeypatch.setattr(queue.sqlite3, "connect", hasty_connect)
+    for name in ("dann", "mlp"):
+        Path(f"{name}.yaml").write_text(ARM.format(name))
 
     def compare(*args, status=0):
-        started.clear()
-        capsys.readouterr()
-        assert tool.main([*map(str, args), "--folder=f"]) == status
-        return list(started), "".join(capsys.readouterr())
+        assert command("comparison", [*map(str, args), "--folder=my runs"]) == status
+        out = "".join(capsys.readouterr())
+        lines = [line.split(": ", 1) for line in out.splitlines() if "/seed_" in line and ": " in line]
+        return [line[0] for line in lines if "not finished" not in line[0] and line[0] != "error"], out
 
-    started = []
-    monkeypatch.setattr(workers, "start", start)
-    monkeypatch.setattr(workers, "stop", lambda processes: None)
-    monkeypatch.setattr(tool.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
     return compare
 
 
-def weights(folder):
-    return torch.load(Path(folder) / "checkpoints" / "last.ckpt")["state_dict"]
-
-
-def epochs(folder):
-    """The epochs that were trained in a folder, over all its starts."""
-    logs = []
-    for path in sorted(Path(folder).glob("metrics*.csv"), key=lambda path: path.stat().st_mtime):
-        with open(path) as file:
-            logs += [int(row["epoch"]) for row in csv.DictReader(file) if row["train_loss"]]
-    return logs
-
-
-def test_each_arm_is_trained_with_each_seed_as_a_fit_of_its_own(compare, arms, run):
-    started, out = compare(*arms, "--seeds", 0, 1, *FIT)
+def test_each_arm_is_trained_with_each_seed_and_then_never_again(compare):
+    started, _ = compare("dann.yaml", "mlp.yaml", "--seeds", 0, 1)
     assert started == ["dann/seed_0", "mlp/seed_0", "dann/seed_1", "mlp/seed_1"]
-    assert "0 of 4 left" in out
-    run("fit", "--config=dann.yaml", "--seed_everything=1", "--run_dir=alone", *FIT, *QUIET)
-    for name, value in weights("alone").items():
-        torch.testing.assert_close(weights("f/dann/seed_1")[name], value, rtol=0, atol=0)
-    assert compare(*arms, "--seeds", 0, 1, *FIT)[0] == []
+    assert yaml.safe_load(Path("my runs/mlp/seed_1/config.yaml").read_text())["seed_everything"] == 1
+    assert compare("dann.yaml", "mlp.yaml", "--seeds", 0, 1) == ([], "4 of 4 runs are finished\n")
+    assert compare("dann.yaml", "mlp.yaml", "--seeds", 0, 1, 2)[0] == ["dann/seed_2", "mlp/seed_2"]
 
 
-def test_an_unfinished_run_goes_on_and_more_epochs_are_added(compare, arms):
-    compare("dann.yaml", *FIT, "--trainer.max_epochs=1")
-    Path("f/dann/seed_0/metrics.csv").write_text("epoch,train_loss\n0,1\n1,1\n")  # logged, but its end was not saved
-    assert compare("dann.yaml", *FIT)[0] == ["dann/seed_0"]
-    assert epochs("f/dann/seed_0") == [0, 1, 1]
-    assert compare("dann.yaml", *FIT)[0] == []
+def test_more_epochs_are_added_to_finished_runs(compare):
+    compare("dann.yaml", "--trainer.max_epochs=1")
+    assert compare("dann.yaml", "--trainer.max_epochs", 3)[0] == ["dann/seed_0"]
+    assert epochs_of("my runs/dann/seed_0") == [0, 1, 2]
 
 
-def test_a_run_that_was_stopped_early_is_finished(compare, arms):
-    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"]
-    never_better = ["--trainer.callbacks.min_delta=100", "--trainer.callbacks.patience=1", "--trainer.max_epochs=9"]
-    assert compare("dann.yaml", *FIT, *stopping, *never_better)[0] == ["dann/seed_0"]
-    assert epochs("f/dann/seed_0") == [0, 1]
-    assert compare("dann.yaml", *FIT, *stopping, *never_better)[0] == []
-    pytest.importorskip("pandas")
-    assert load_runs("f").finished.all()
+@pytest.mark.parametrize("ended_by", ["early_stopping", "max_time", "max_steps", "other"])
+def test_a_run_that_ended_before_its_last_epoch_is_finished_unless_something_else_ended_it(compare, ended_by):
+    compare("dann.yaml")
+    path = Path("my runs/dann/seed_0/result.yaml")
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"ended_by": ended_by, "epochs": 1}))
+    assert compare("dann.yaml")[0] == (["dann/seed_0"] if ended_by == "other" else [])
 
 
-def test_other_settings_than_those_of_an_earlier_part_are_refused(compare, arms):
-    compare("dann.yaml", *FIT)
-    before = Path("f/dann/seed_0/config.yaml").read_text()
-    for option, key in {
-        "--model.optimizer.lr=0.2": "lr=0.1, not 0.2",
-        "--data.val_size=0": "val_size=50, not 0",
-        "--trainer.gradient_clip_val=1": "gradient_clip_val=None, not 1",
-        "--trainer.max_epochs=1": "max_epochs=2, not 1",
-        "--model=MLP": "class_path=lightning_danns.DANNMLP",
-    }.items():
-        started, out = compare("dann.yaml", *FIT, option, status=2)
-        assert started == []
-        assert key in out
-    assert Path("f/dann/seed_0/config.yaml").read_text() == before
-    os.rename("data", "moved")  # where the data lie does not matter
-    assert compare("dann.yaml", *FIT, "--data.data_dir=moved")[0] == []
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [(["--lr=0.2"], "model.lr=0.1, not 0.2"), (["--trainer.max_epochs=1"], "trainer.max_epochs=2, not 1")],
+)
+def test_other_settings_than_those_of_an_earlier_part_are_refused(compare, args, said):
+    compare("dann.yaml")
+    before = Path("my runs/dann/seed_0/config.yaml").read_text()
+    assert said in compare("dann.yaml", *args, status=2)[1]
+    assert Path("my runs/dann/seed_0/config.yaml").read_text() == before
 
 
-def test_a_run_that_fails_does_not_stop_the_others(compare, arms):
-    Path("bad.yaml").write_text(ARM.format(model="DANNMLP", lr=0.1).replace("[12]", "[12], ni: 99"))
-    started, out = compare("bad.yaml", "mlp.yaml", *FIT, status=1)
-    assert started == ["bad/seed_0", "mlp/seed_0"]
-    assert "failed: bad seed 0" in out
-    assert "ni=99" in out.splitlines()[-1]
+def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(compare):
+    for note, reason in (("fishy", "note=fishy is none"), ("broken", "RuntimeError: out of memory")):
+        started, out = compare("dann.yaml", "mlp.yaml", f"--note={note}", status=1)
+        assert started == ["dann/seed_0", "mlp/seed_0"]
+        assert out.splitlines()[-1] == "not finished, see log.txt of each: dann/seed_0, mlp/seed_0"
+        assert f"mlp/seed_0: failed, {reason}" in out
+    assert "Traceback" in Path("my runs/mlp/seed_0/log.txt").read_text()
+    assert "Traceback" not in out
 
 
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        (["nowhere.yaml"], "nowhere.yaml does not exist"), (["mlp.yaml", "other/mlp.yaml"], "one folder"),
-        (["mlp.yaml", "mlp.yaml"], "one folder"), (["mlp.yaml", "--seeds", "1", "1"], "each must be there once"),
-        (["mlp.yaml", "--jobs=0"], "at least one"), (["mlp.yaml", "--seed_everything=1"], "leave it out"),
-        (["mlp.yaml", "--run_dir=x"], "leave it out"),
+        (["nowhere.yaml"], "nowhere.yaml does not exist"), (["mlp.yaml", "other/mlp.yaml"], "the same folder"),
+        (["mlp.yaml", "mlp.yaml"], "the same folder"), (["mlp.yaml", "--seeds", "1", "1"], "each must be there once"),
+        (["mlp.yaml", "--jobs=0"], "at least 1"), (["mlp.yaml", "--seed_everything=1"], "leave it out"),
+        (["mlp.yaml", "--run_dir=x"], "leave it out"), (["mlp.yaml", "--storage=nothing://x"], "nothing://x"),
     ],
 )  # fmt: skip
-def test_wrong_options_are_refused(compare, arms, args, reason):
+def test_wrong_options_are_refused_with_a_line(compare, args, reason):
     os.mkdir("other")
     Path("other/mlp.yaml").write_text(Path("mlp.yaml").read_text())
     started, out = compare(*args, status=2)
-    assert (started, os.path.exists("f")) == ([], False)
+    assert (started, os.path.exists("my runs")) == ([], False)
     assert reason in out
+    assert "Traceback" not in out
 
 
-def test_a_misspelt_key_is_refused_before_anything_is_trained(arms, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit) as exit:
-        tool.main([*arms, "--folder=f", "--trainer.max_epoch=2"])
-    assert exit.value.code == 2
-    assert "max_epochs" in capsys.readouterr().err
-    assert not os.path.exists("f")
+def test_a_damaged_config_of_an_earlier_part_is_named(compare):
+    compare("dann.yaml")
+    Path("my runs/dann/seed_0/config.yaml").write_bytes(b"\xff\xfe")
+    assert "config.yaml cannot be read" in compare("dann.yaml", status=2)[1]
 
 
-def test_a_lock_is_another_process_s_until_that_has_died(tmp_path):
-    path = tmp_path / "deep" / "running.lock"
-    code = (
-        "import sys, time; from pathlib import Path; from lightning_danns import workers\n"
-        "lock = workers.lease(Path(sys.argv[1])); print(workers.taken(lock), flush=True); time.sleep(600)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline().strip() == "True"
-    lock = workers.lease(path)
-    assert not workers.taken(lock)
-    other.send_signal(signal.SIGKILL)
-    other.wait()
-    assert workers.taken(lock)
-    lock.release()
-    assert not path.exists()
+def test_the_home_folder_may_be_written_as_a_tilde(compare, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command("comparison", ["~/mlp.yaml", "--folder=~/runs"]) == 0
+    assert epochs_of(tmp_path / "runs" / "mlp" / "seed_0") == [0, 1]
 
 
-def test_a_process_ends_with_the_one_that_started_it(tmp_path):
-    (tmp_path / "child.py").write_text(
-        "import os, time; from lightning_danns import workers\n"
-        "workers.end_with_parent(); print(os.getpid(), os.environ['OMP_NUM_THREADS'], flush=True); time.sleep(600)"
-    )
-    code = (
-        "import time; from pathlib import Path; from lightning_danns import workers\n"
-        "workers.start('child', [], Path('log.txt'), jobs=10**6); time.sleep(600)"
-    )
-    path = f"{tmp_path}{os.pathsep}{Path(tool.__file__).parents[1]}"
-    given = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"PYTHONPATH": path}
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=given)
-    log = tmp_path / "log.txt"
-    while not (log.exists() and log.read_text().endswith("\n")):
-        assert parent.poll() is None
+def in_processes(number, target, *args):
+    """Start ``target`` in processes that share nothing but files."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=target, args=args) for _ in range(number)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def test_processes_that_begin_at_once_train_each_run_once(compare):
+    def note(folder, epoch):
+        with open("trained.txt", "a") as file:
+            file.write(f"{folder} {epoch}\n")
+
+    cli.main = partial(fake_main, before_epoch=note)
+    args = ["dann.yaml", "mlp.yaml", "--seeds", *map(str, range(4)), "--trainer.max_epochs=1", "--folder=my runs"]
+    processes = in_processes(3, lambda: os._exit(command("comparison", args)))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+    trained = Counter(Path("trained.txt").read_text().splitlines())
+    assert (len(trained), set(trained.values())) == (8, {1})
+
+
+def test_the_run_of_a_killed_process_is_finished_by_another(compare, monkeypatch):
+    def hang(folder, epoch):
+        if epoch == 1 and os.getpid() != here:
+            time.sleep(600)
+
+    here = os.getpid()
+    cli.main = partial(fake_main, before_epoch=hang)
+    monkeypatch.setattr(queue, "HEARTBEAT", 1)
+    monkeypatch.setattr(queue, "GRACE", 2)
+    (process,) = in_processes(1, command, "comparison", ["dann.yaml", "--folder=my runs"])
+    while not epochs_of("my runs/dann/seed_0"):
+        assert process.is_alive()
         time.sleep(0.05)
-    child, threads = map(int, log.read_text().split())
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    assert threads == 1
-    for _ in range(200):
-        if not _alive(child):
-            return
-        time.sleep(0.05)
-    os.kill(child, signal.SIGKILL)
-    pytest.fail("it lives on")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert compare("dann.yaml")[0] == ["dann/seed_0"]
+    assert epochs_of("my runs/dann/seed_0") == [0, 1]
 
 
-def _alive(pid):
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
+def test_an_interrupted_comparison_goes_on(compare):
+    def interrupt(folder, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    cli.main = partial(fake_main, before_epoch=interrupt)
+    assert "the same command goes on" in compare("dann.yaml", "mlp.yaml", status=130)[1]
+    cli.main = fake_main
+    assert sorted(compare("dann.yaml", "mlp.yaml")[0]) == ["dann/seed_0", "mlp/seed_0"]
+    assert epochs_of("my runs/dann/seed_0") == [0, 1]
 
 
-def _heed_interrupts():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell in the background lets its children ignore
+def test_jobs_are_the_same_command_with_shares_of_the_machine(compare, monkeypatch):
+    class Process:
+        def __init__(self, command, env):
+            started.append((shlex.join(command), env["CUDA_VISIBLE_DEVICES"]))
+
+        def wait(self):
+            compare("mlp.yaml", "--jobs=1")
+            return 0
+
+    started = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(queue.subprocess, "Popen", Process)
+    compare("mlp.yaml", "--jobs=2")
+    assert [gpu for _, gpu in started] == ["4", "7"]
+    assert started[0][0].endswith("lightning_danns.compare mlp.yaml --jobs=2 '--folder=my runs' --jobs=1")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "Ctrl-C"])
-def test_an_interrupted_comparison_ends_with_the_weights_of_one_that_was_not(arms, how):
-    args = [*arms, "--seeds", "0", "1", "--jobs", "2", *FIT, "--trainer.max_epochs=40"]
-    command = [sys.executable, "-m", "lightning_danns.compare", *args, "--folder"]
-    with open("log.txt", "w") as log:
-        assert subprocess.run([*command, "straight"], stdout=log, stderr=log, timeout=400).returncode == 0
-        parent = subprocess.Popen([*command, "f"], stdout=log, stderr=log, preexec_fn=_heed_interrupts)
-        while not list(Path("f").glob("*/*/checkpoints/last.ckpt")):
-            assert parent.poll() is None
-            time.sleep(0.05)
-        parent.send_signal(how)
-        assert parent.wait(timeout=60) == (130 if how == signal.SIGINT else -signal.SIGKILL)
-        assert subprocess.run([*command, "f"], stdout=log, stderr=log, timeout=400).returncode == 0
-    assert len(list(Path("f").glob("*/*/metrics-1.csv"))) >= 1  # something was interrupted
-    for folder in Path("straight").glob("*/*"):
-        for name, value in weights(folder).items():
-            assert torch.equal(weights(Path("f") / folder.relative_to("straight"))[name], value)
+def test_a_run_is_the_fit_that_it_would_be_alone(run, monkeypatch):
+    monkeypatch.setattr(cli, "main", real_main)
+    Path("a.yaml").write_text("model: {class_path: MLP, init_args: {hidden_sizes: [12]}}\ndata: MNISTDataModule\n")
+    args = ["--data.val_size=50", "--data.batch_size=50", "--trainer.max_epochs=1", *QUIET]
+    assert command("comparison", ["a.yaml", "--seeds", "0", "1", "--folder=f", *args]) == 0
+    real_main(["fit", "--config=a.yaml", "--seed_everything=1", "--run_dir=alone", *args])
+    alone, compared = (
+        torch.load(f"{folder}/checkpoints/last.ckpt")["state_dict"] for folder in ("alone", "f/a/seed_1")
+    )
+    assert all(torch.equal(compared[name], value) for name, value in alone.items())
+
+
+def test_arguments_of_one_meaning_are_the_same_settings_and_many_devices_are_refused(run):
+    joined, apart = [*SMALL, "--model.hidden_sizes=[12]"], [*SMALL, "--model.hidden_sizes", "[12]"]
+    assert settings_of(joined) == settings_of(apart)
+    assert settings_of(joined) != settings_of([*SMALL, "--model.hidden_sizes=[13]"])
+    with pytest.raises(ValueError, match="devices=2: a study's run has one process"):
+        settings_of([*SMALL, "--trainer.devices=2"])

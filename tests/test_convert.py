@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from lightning_danns import DANNConv2d, DANNLinear, UsageError, daleify, fisher_param_groups, project_
@@ -11,8 +12,6 @@ from lightning_danns.testing import assert_dale
 
 
 def test_a_resnet_becomes_a_dann_and_learns():
-    import torchvision
-
     torch.manual_seed(0)
     resnet = torchvision.models.resnet18(weights=None, num_classes=10)
     images, labels = torch.rand(8, 3, 64, 64), torch.arange(8)
@@ -76,7 +75,7 @@ def test_every_kept_layer_has_its_reason():
     reasons = {
         "depthwise": "one unit per group",
         "reflecting": "padding_mode='reflect'",
-        "after_tanh": "can be negative (-",
+        "after_tanh": "come from tanh and can be negative (-",
         "attention": "no DANN counterpart",
         "attention.out_proj": "NonDynamicallyQuantizableLinear",
         "tied": "shared",
@@ -101,6 +100,9 @@ def test_geometry_and_options_are_carried_over():
     dense = daleify(nn.Sequential(nn.Linear(9, 20)), torch.rand(3, 9), pixels=["0"]).model[0]
     assert (dense.inputs, dense.ni) == ("pixels", 2)
     assert isinstance(daleify(nn.Linear(9, 20), torch.rand(3, 9)).model, DANNLinear)
+    balanced = daleify(nn.Sequential(conv), x, balanced=True, inhibition="mean").model
+    assert (balanced[0].balanced, balanced[0].inhibition) == (True, "mean")
+    assert_dale(balanced)
 
 
 def test_the_example_pass_leaves_no_trace():
@@ -113,7 +115,16 @@ def test_the_example_pass_leaves_no_trace():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"fraction": 0}, "fraction=0"), ({"ni": {"1": 3}}, "'1' is no Linear.*0"), ({"ni": {"0": 99}}, "ni=99")],
+    [
+        ({"fraction": 0}, "fraction=0"),
+        ({"ni": {"1": 3}}, "'1' is no Linear.*0"),
+        ({"ni": {"0": 99}}, "ni=99"),
+        ({"change": ["norm"]}, "change=.'norm'.: give a list of 'activations', 'norms', 'inputs'"),
+        ({"change": "norms"}, "change='norms': give a list"),
+        ({"start": "he"}, "start='he': choose 'random' or 'pretrained'"),
+        ({"start": "pretrained"}, "divisive=True.*give divisive=False"),
+        ({"start": "pretrained", "divisive": False, "balanced": True}, "balanced=True"),
+    ],
 )
 def test_wrong_options_are_refused_by_value(options, message):
     with pytest.raises(UsageError, match=message):
@@ -138,7 +149,7 @@ def test_inputs_that_happen_to_be_positive_are_not_enough():
     nn.init.constant_(first.bias, 5.0)
     made = converted(lambda m, x, _: m.second(F.silu(m.first(x))), first=first, second=nn.Linear(8, 3))
     assert made.converted == ["first"]
-    assert made.kept["second"] == "its inputs come from silu, which does not guarantee that they are >= 0"
+    assert made.kept["second"].startswith("its inputs come from silu and can be negative; a ReLU instead")
 
 
 def test_every_pass_through_a_layer_counts():
@@ -174,10 +185,134 @@ def test_layers_that_carry_more_than_weights_are_kept():
     made = daleify(nn.Sequential(frozen, nn.ReLU(), normalised, nn.ReLU(), nn.LSTM(4, 4)), torch.rand(6, 4))
     assert made.converted == []
     assert "frozen" in made.kept["0"]
-    assert "hooks" in made.kept["2"]
+    assert "computed from others (spectral_norm" in made.kept["2"]
     assert "LSTM" in made.kept["4"]
 
 
 def test_an_example_that_is_not_a_number_proves_nothing():
     made = daleify(nn.Sequential(nn.Linear(4, 4)), torch.full((2, 4), float("nan")))
     assert made.converted == []
+
+
+# changes
+
+
+def test_activations_that_let_negative_values_pass_become_relus_where_they_are_modules():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.first, self.last = nn.SiLU(inplace=True), nn.Hardswish()
+
+        def forward(self, x):
+            return self.last(self.c(F.gelu(self.b(self.first(self.a(x)).sqrt()))))
+
+    made = daleify(Net(), torch.rand(6, 4), change=["activations"])
+    assert made.converted == ["a", "b"]
+    assert made.changed == {"first": "SiLU is ReLU", "last": "Hardswish is ReLU"}
+    assert made.model.first.inplace
+    assert "a ReLU in front would mend that: change 'inputs'" in made.kept["c"]
+    assert daleify(Net(), torch.rand(6, 4), change=["activations", "inputs"]).converted == ["a", "b", "c.1"]
+
+
+def test_a_relu_is_put_in_front_of_layers_whose_inputs_can_be_negative():
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5))
+    made = daleify(net, torch.rand(7, 4), change=["inputs"])
+    assert made.converted == ["0", "2.1"]
+    assert made.changed == {"2.0": "a ReLU in front of '2.1'"}
+    refuse_negative_inputs(made.model)
+    assert made.model(torch.rand(7, 4)).shape == (7, 5)
+    negative = daleify(net, -torch.rand(7, 4), change=["inputs"])
+    assert negative.converted == ["2.1"]
+    assert "give the model inputs >= 0" in negative.kept["0"]
+
+
+def test_a_norm_is_removed_only_where_it_alone_reads_a_new_layers_output():
+    def result(forward, norm=nn.BatchNorm1d, **options):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer, self.norm = nn.Linear(4, 4, bias=False), norm(4)
+
+            def forward(self, x):
+                return forward(self, x)
+
+        made = daleify(Net(), torch.rand(6, 4), change=["norms"], **options)
+        assert (made.model.layer.b is not None) == bool(made.changed)
+        return isinstance(made.model.norm, nn.Identity)
+
+    assert result(lambda m, x: m.norm(m.layer(x)).relu())
+    assert result(lambda m, x: m.norm(input=m.layer(input=x)).relu(), nn.LayerNorm)
+    assert not result(lambda m, x: m.norm(m.layer(x)).relu(), nn.LayerNorm, start="pretrained", divisive=False)
+    assert not result(lambda m, x: m.norm(m.layer(x).relu_()))
+    assert not result(lambda m, x: m.norm(m.layer(x[:, None].expand(6, 4, 4))).relu())  # not over the units
+    assert not result(lambda m, x: m.norm(m.layer(x).mul_(2)))
+    assert not result(lambda m, x: (z := m.layer(x)) + m.norm(z))
+    assert not result(lambda m, x: m.norm(m.norm(m.layer(x))))
+    assert not result(lambda m, x: m.norm(m.layer(m.layer(x).relu())))
+    assert not result(lambda m, x: m.norm(m.layer(x[None])[0]).relu() + m.layer(x))
+
+
+# weights of the ordinary layer
+
+
+def used(net):
+    """A network in float64 whose normalisations have seen images."""
+    net = net.double()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.normal_()
+                module.bias.normal_()
+        for _ in range(3):
+            net(torch.rand(4, 3, 32, 32, dtype=torch.float64))
+    return net.eval()
+
+
+NETS = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
+    "vgg11_bn": lambda: torchvision.models.vgg11_bn(num_classes=10).features,
+    "densenet": lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=10),
+    "mobilenet": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+    "dense": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 30), nn.BatchNorm1d(30, affine=False), nn.ReLU(), nn.Linear(30, 9)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", [(), ("norms",)], ids=["norms kept", "norms folded"])
+@pytest.mark.parametrize("name", NETS)
+def test_pretrained_networks_compute_the_same_before_training(name, change):
+    torch.manual_seed(0)
+    net, images = used(NETS[name]()), torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    made = daleify(net, images, start="pretrained", divisive=False, change=change)
+    assert len(made.converted) > 0
+    assert bool(made.changed) == bool(change)
+    assert name == "mobilenet" or not made.kept
+    assert_dale(made.model)
+    with torch.no_grad():
+        expected, found = net(images), made.model(images)
+    assert float((found - expected).abs().max()) < 1e-10 * float(expected.abs().max())
+
+
+def test_a_pretrained_layer_has_weights_of_both_kinds_and_single_units_keep_theirs():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.Conv2d(4, 10, 1), nn.ReLU(), nn.Conv2d(10, 1, 1))
+    made = daleify(net, torch.rand(2, 4, 5, 5), start="pretrained", divisive=False, fraction=0.3)
+    assert made.converted == ["0", "2", "4"]
+    for k in (0, 2, 4):
+        layer = made.model[k]
+        torch.testing.assert_close(layer.net_weight(), net[k].weight)
+        assert torch.equal(layer.b, net[k].bias)
+        assert (layer.Wei.sum(1) == 1).all()  # one interneuron each
+        assert all((parameter >= 0).all() for parameter in (layer.Wex, layer.Wix, layer.Wei))
+    assert [made.model[k].ni for k in (0, 2, 4)] == [4, 3, 1]
+
+
+def test_a_frozen_pretrained_layer_stays_frozen():
+    net = nn.Sequential(nn.Linear(4, 4).requires_grad_(False), nn.ReLU(), nn.Linear(4, 3))
+    made = daleify(net, torch.rand(6, 4), start="pretrained", divisive=False)
+    assert made.converted == ["0", "2"]
+    assert {name for name, p in made.model.named_parameters() if not p.requires_grad} == {
+        *("0.Wex", "0.Wix", "0.Wei", "0.b")
+    }

@@ -31,7 +31,7 @@ from lightning_danns import (
     fisher_param_groups,
     project_,
 )
-from lightning_danns.layers import sign_violations
+from lightning_danns.layers import imbalances, sign_violations
 from lightning_danns.optim import clip_layers_, fisher_optimizer
 
 
@@ -119,10 +119,14 @@ class Witness(pl.Callback):
         self.hooks, self.saw = set(), {}
 
 
+AVERAGED = ("on_validation_epoch_start", "on_validation_end", "on_save_checkpoint", "on_train_end")
+"""Hooks between the moment that averages are put in place and the moment that they are balanced."""
+
+
 def _witness(hook):
     def look(self, trainer, pl_module, *args):
         self.hooks.add(hook)
-        violations = sign_violations(pl_module)
+        violations = sign_violations(pl_module) or (hook not in AVERAGED and imbalances(pl_module))
         if violations:
             self.saw.setdefault(hook, violations)
 
@@ -191,6 +195,9 @@ EVERYWHERE = {
 SWA = functools.partial(StochasticWeightAveraging, swa_lrs=0.5, swa_epoch_start=1, annealing_epochs=1)
 FITS = {  # module, Trainer
     "plain": (make, {}),
+    "balanced": (functools.partial(make, balanced=True), {}),
+    "EMA of balanced": (functools.partial(make, balanced=True), {"callbacks": lambda: [EMAWeightAveraging(decay=0.5)]}),
+    "balanced columns": (functools.partial(make, ColumnEIMLP, pixel_mean=0.5, balanced=True), {}),
     "accumulation": (make, {"accumulate_grad_batches": 2}),
     "clipping by the Trainer": (functools.partial(make, lr=100.0), {"gradient_clip_val": 0.1}),
     "clipping by layer": (functools.partial(make, lr=100.0), {"callbacks": lambda: [LayerGradientClipping(0.1)]}),
@@ -260,7 +267,7 @@ def test_compiled_modules_obey_dale_too(how, make_trainer, tmp_path):
 
 def test_weights_that_are_not_numbers_end_the_fit_and_reach_no_checkpoint(make_trainer, tmp_path):
     for lr in (math.inf, math.nan):
-        with pytest.raises(UsageError, match=rf"lr={lr} of SGD: it must be finite"):
+        with pytest.raises(UsageError, match=rf"SGD has learning rate lr={lr}: .* finite"):
             make_trainer().fit(make(lr=lr), datamodule=InMemory())
     with pytest.raises(UsageError, match=r"network\.1\.Wex \(lowest value nan\).*lower the learning rate"):
         fit(make_trainer, make(lr=1e30), {}, tmp_path)
@@ -363,30 +370,26 @@ def test_factors_are_applied_once():
     model = DANNLinear(9, 6, 2)
     ready = fisher_param_groups(model, lr=0.1)
     for factory in (SGD, functools.partial(SGD, lr=0.7)):  # groups with a rate of their own keep it
-        for group, given in zip(fisher_optimizer(factory, ready).param_groups, ready, strict=True):
-            assert group["lr"] == given["lr"] == pytest.approx(0.1 * group["lr_scale"])
+        for group, wanted in zip(fisher_optimizer(factory, ready).param_groups, ready, strict=True):
+            assert group["lr"] == wanted["lr"] == pytest.approx(0.1 * group["lr_scale"])
 
 
-def test_the_tuner_cannot_search_rates_without_factors_nor_without_projection(make_trainer):
-    """It sets one rate for all groups, and swaps the callbacks out meanwhile."""
+def test_the_tuner_cannot_search_rates_without_projection(make_trainer):
+    """It sets one rate for all groups, and the callbacks aside."""
 
-    class Searchable(DANNMLP):
+    class Searchable(MLP):
         lr = 1.0
 
         def configure_optimizers(self):
             self.optimizer_factory = functools.partial(SGD, lr=self.lr)
             return super().configure_optimizers()
 
-        def on_train_batch_start(self, batch, batch_idx):
-            assert sign_violations(self) == {}
+    class SearchableDANN(DANNMLP):
+        lr = 1.0
 
-    with pytest.raises(UsageError, match="callback or the Tuner"):
-        Tuner(make_trainer()).lr_find(make(Searchable), datamodule=InMemory(), num_training=10)
-    SGD([nn.Parameter(torch.ones(1))], lr=0.1).step()  # nothing of the guard is left for other optimizers
-    model = make(Searchable, correction="none")
-    trainer = make_trainer()
-    Tuner(trainer).lr_find(model, datamodule=InMemory(), num_training=10, min_lr=1.0, max_lr=10.0)
-    trainer.fit(model, datamodule=InMemory())
+    with pytest.raises(UsageError, match=r"lr_find sets callbacks aside.*lightning_danns\.sweep"):
+        Tuner(make_trainer()).lr_find(make(SearchableDANN), datamodule=InMemory(), num_training=10)
+    Tuner(make_trainer()).lr_find(make(Searchable), datamodule=InMemory(), num_training=10, min_lr=1.0, max_lr=10.0)
 
 
 def test_the_batch_size_search_keeps_rates_and_signs(make_trainer):

@@ -18,7 +18,7 @@ from lightning_danns import (
     UsageError,
 )
 from lightning_danns.data.batches import BatchIndex
-from lightning_danns.data.files import write_arrays
+from lightning_danns.data.files import read_arrays, write_arrays
 from lightning_danns.data.modules import ImageDataset, crop_and_flip, stratified_split
 
 
@@ -260,3 +260,52 @@ def test_mean_pixel_is_that_of_the_training_images(data_dir):
         _ = module.pixel_mean
     module.setup()
     assert module.pixel_mean == pytest.approx(module.train_set[:][0].double().mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": np.zeros((20, 28, 28))}, "x_train .*holds float64: images must be uint8"),
+        ({"y_train": 1 + np.arange(20) % 10}, "y_train .*labels from 1 to 10; they must lie from 0 to 9: subtract 1"),
+        (
+            {"y_train": np.eye(10, dtype=np.uint8)[np.arange(20) % 10]},
+            "y_train .*one-hot labels have: store their argmax",
+        ),
+        ({"y_test": np.ones(10)}, "y_test .*holds float64: labels must be integers"),
+    ],
+)
+def test_a_file_of_other_pixels_or_labels_is_refused_in_a_sentence(tmp_path, arrays, message):
+    good = {"x_train": np.zeros((20, 28, 28), np.uint8), "y_train": np.arange(20) % 10}
+    good |= {"x_test": np.zeros((10, 28, 28), np.uint8), "y_test": np.arange(10)}
+    np.savez(tmp_path / "mnist.npz", **{**good, **arrays})
+    with pytest.raises(UsageError, match=message) as refused:
+        loaded(tmp_path, val_size=5)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path, save):
+    path, rng = tmp_path / "small.npz", np.random.default_rng(0)
+    arrays = {f"x_{part}": rng.integers(0, 256, (20, 4, 4), np.uint8) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.arange(20) % 10 for part in ("train", "test")}
+    save(path, **arrays)
+    content, refused = path.read_bytes(), 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        damaged[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            read = read_arrays(path, (1, 4, 4), 10)
+        except UsageError:
+            refused += 1
+        else:
+            assert all(np.array_equal(read[key].numpy().reshape(array.shape), array) for key, array in arrays.items())
+    assert refused > 200
+
+
+def test_a_data_file_is_found_from_home(data_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(data_dir.parent))
+    module = MNISTDataModule(f"~/{data_dir.name}", val_size=50)
+    module.prepare_data()
+    module.setup()
+    assert len(module.train_set) == 150

@@ -31,14 +31,16 @@ from lightning_danns import (
     ReplicatedClassifier,
     UsageError,
 )
-from lightning_danns.diagnostics import (
+from lightning_danns.analysis.diagnostics import (
     LayerActivity,
     effective_rank,
+    inspectable_layers,
     layer_diagnostics,
     projection_cosine,
     singular_value_entropy,
     weight_diagnostics,
 )
+from lightning_danns.networks import StandardFamily
 
 
 def by_loops(layer, xs):
@@ -70,6 +72,9 @@ def by_loops(layer, xs):
         z_is.append(z_i)
         g = w.get("g", [1] * len(z_hat))
         zs.append([gain * v + b for gain, v, b in zip(g, z_hat, w["b"], strict=True)])
+    units = [sum(column) / len(zs) for column in zip(*zs, strict=True)]
+    c = sum(units) / len(units)
+    varying = sum((z - c) ** 2 for row in zs for z in row) / len(zs)
     silent = [all(z[k] <= 0 for z in zs) for k in range(len(zs[0]))]
     mute = [all(z_i[k] == 0 for z_i in z_is) for k in range(len(z_is[0]))]
     n = len(ms)
@@ -79,6 +84,7 @@ def by_loops(layer, xs):
         "z_std": sum(ds) / n,
         "centring_error": math.sqrt(sum(m * m for m in ms) / n),
         "scaling_error": math.sqrt(sum((d - 1) ** 2 for d in ds) / n),
+        "constant_share": sum((unit - c) ** 2 for unit in units) / varying,
         "dead_units": sum(silent) / len(silent),
         "dead_interneurons": sum(mute) / len(mute),
     }
@@ -134,11 +140,48 @@ def test_an_ordinary_layer_has_what_layernorm_would_remove():
     normalised = nn.functional.layer_norm(z, (4,), eps=0)
     values = layer_diagnostics(layer, x)
     assert set(values) == {
-        *("z_mean", "z_std", "centring_error", "scaling_error", "effective_rank", "spectral_entropy")
+        *("z_mean", "z_std", "centring_error", "scaling_error", "effective_rank", "spectral_entropy"),
+        *("constant_share", "imbalance"),
     }
     m, d = z.mean(1), ((z - z.mean(1, keepdim=True)) / normalised).mean(1)
     assert values["z_mean"] == pytest.approx(m.mean().item())
     assert values["z_std"] == pytest.approx(d.mean().item())
+
+
+def test_balance_removes_the_constant_that_is_the_same_for_every_image():
+    torch.manual_seed(0)
+    images = torch.rand(64, 3, 9, 9) + torch.rand(64, 1, 1, 1)  # of a large mean
+    values = {
+        balanced: layer_diagnostics(DANNConv2d(3, 20, 4, 3, balanced=balanced), images) for balanced in (False, True)
+    }
+    assert values[False]["constant_share"] > 0.5 > 10 * values[True]["constant_share"]
+    assert values[False]["imbalance"] > 0.1 > 1e5 * values[True]["imbalance"]
+
+
+def test_the_constant_share_is_1_of_a_constant_and_0_where_units_differ_only_by_image():
+    layer = nn.Linear(2, 2).double()
+    layer.weight.data, layer.bias.data = torch.eye(2).double(), torch.zeros(2).double()
+    constant, x = torch.tensor([[1.0, 2.0]]).expand(5, 2).double(), torch.tensor([[0.0, 1.0], [1.0, 0.0]]).double()
+    assert layer_diagnostics(layer, constant)["constant_share"] == pytest.approx(1)
+    assert layer_diagnostics(layer, x)["constant_share"] == pytest.approx(0)
+    assert math.isnan(layer_diagnostics(layer, torch.zeros(3, 2).double())["constant_share"])
+
+
+def test_imbalance_is_the_mean_over_units_of_excitation_less_inhibition_over_excitation():
+    layer = perturbed(DANNConv2d(4, 6, 4, 3, groups=2))
+    net, excitation = layer.net_weight().flatten(1).sum(1).tolist(), layer.Wex.flatten(1).sum(1).tolist()
+    expected = sum(abs(n) / e for n, e in zip(net, excitation, strict=True)) / 6
+    assert weight_diagnostics(layer)["imbalance"] == pytest.approx(expected, rel=1e-5)
+    ordinary = nn.Linear(3, 2)
+    ordinary.weight.data = torch.tensor([[3.0, -1.0, -1.0], [-1.0, 1.0, 0.0]])
+    assert weight_diagnostics(ordinary)["imbalance"] == pytest.approx((1 / 3 + 0) / 2)
+
+
+def test_an_ordinary_layer_with_centred_rows_is_looked_at_and_balanced():
+    layer = StandardFamily("centred").dense(6, 4, 1, first=False, last=False)[0]
+    ((name, found),) = inspectable_layers(nn.Sequential(layer))
+    assert (name, found) == ("0", layer)
+    assert layer_diagnostics(layer, torch.rand(3, 6))["imbalance"] < 1e-6
 
 
 def test_net_weights_act_as_their_layers_without_division_and_bias():
@@ -324,6 +367,7 @@ def test_each_epoch_has_a_row_in_the_log_that_one_can_turn_on_from_the_command_l
     quantities = {name.partition("/")[2] for name in rows[0] if name.startswith("network.1/")}
     assert quantities == {
         *("ei_ratio", "z_mean", "z_std", "centring_error", "scaling_error", "dead_units", "dead_interneurons"),
+        *("constant_share", "imbalance"),
         *("zeros_Wex", "zeros_Wix", "zeros_Wei", "zeros_g", "effective_rank", "spectral_entropy"),
         "projection_cosine",
     }
@@ -407,6 +451,22 @@ def test_layers_used_in_odd_ways_have_the_quantities_that_they_can_have(make_tra
     assert "ei_ratio" in of["frozen"]
     assert "projection_cosine" not in of["frozen"]
     assert_no_hooks_left(model)
+
+
+def test_only_the_trainers_optimizers_are_watched_and_not_after_the_fit(make_trainer):
+    other = torch.optim.SGD(nn.Linear(1, 1).parameters())
+
+    class Looking(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            self.hooks = [len(o._optimizer_step_pre_hooks) for o in (*trainer.optimizers, other)]
+
+    looking, model = Looking(), small_dann()
+    trainer = make_trainer(callbacks=[DaleDiagnostics(), looking])
+    trainer.fit(model, batches())
+    assert looking.hooks[0] > 0 == looking.hooks[1]
+    (optimizer,) = trainer.optimizers
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
 
 
 def test_nothing_hangs_on_after_a_fit_that_failed_within_an_inspected_batch(make_trainer):

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning_danns.run_folder as folders
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -21,9 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
-import lightning_danns.run_folder as folders
 from lightning_danns import DANNMLP, DaleDiagnostics, DANNLinear, MNISTDataModule, UsageError, project_
-from lightning_danns.diagnostics import effective_rank
+from lightning_danns.analysis.diagnostics import effective_rank
 from lightning_danns.layers import sign_violations
 
 

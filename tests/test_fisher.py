@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +24,7 @@ from lightning_danns import (
     measured_factors,
     project_,
 )
-from lightning_danns.optim import change_factors_, require_factors
+from lightning_danns.optim import change_factors_, mean_squared_gradients, require_factors
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05)
 
@@ -56,6 +57,42 @@ def test_ratios_approach_the_exact_expectation_over_labels():
         for kind in ("Wix", "Wei", "alpha", "g", "b"):
             expected = float(exact[getattr(layer, kind)].mean() / exact[layer.Wex].mean())
             assert ratios[name][kind] == pytest.approx(expected, rel=0.1, abs=1e-12)
+
+
+def test_a_regression_has_the_information_of_its_own_distribution():
+    """Of y ~ Normal(W x, s): F of W_ij is E[x_j^2] / s^2, whatever W is."""
+    model, x = nn.Linear(3, 2, bias=False).double(), torch.rand(20_000, 3, dtype=torch.float64)
+    squares = mean_squared_gradients(
+        model, x, torch.Generator().manual_seed(0), lambda outputs: torch.distributions.Normal(outputs, 2.0)
+    )
+    torch.testing.assert_close(squares[model.weight], x.square().mean(0).expand(2, 3) / 4, rtol=0.05, atol=0)
+
+
+def test_a_generator_leaves_the_random_numbers_of_training_alone():
+    model = nn.Sequential(nn.Dropout(0.5), network())
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, second = (
+        fisher_ratios(model, torch.ones(8, 7, dtype=torch.float64), torch.Generator().manual_seed(1)) for _ in range(2)
+    )
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ratios_are_relative_to_the_parameter_that_the_layer_names():
+    class Relative(DANNLinear):
+        relative_to = "Wix"
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Relative(7, 4, 2)).double(), torch.rand(9, 7, dtype=torch.float64)
+    ratios = fisher_ratios(model, x, torch.Generator().manual_seed(0))["0"]
+    squares = mean_squared_gradients(model, x, torch.Generator().manual_seed(0))
+    assert ratios["Wex"] == pytest.approx(float(squares[model[0].Wex].mean() / squares[model[0].Wix].mean()))
+    assert "Wix" not in ratios
+    assert set(measured_factors(model, {"0": ratios})) == {"0.Wei", "0.alpha"}
+    model[0].relative_to = "weight"
+    with pytest.raises(UsageError, match=r"Relative\.relative_to='weight' is no parameter of its own; these are: Wex"):
+        fisher_ratios(model, x)
 
 
 def test_the_scale_of_a_hidden_layer_has_no_effect_at_the_start():
@@ -125,6 +162,29 @@ def test_the_first_step_of_a_fit_takes_the_factors_measured_on_its_batch(data, m
     project_(twin)
     torch.testing.assert_close(model.network.state_dict(), twin.state_dict())
     assert factors_of(trainer.optimizers[0]) == {"base": 1, **{f"network.{k}": v for k, v in factors.items()}}
+
+
+def test_the_monitor_asks_the_module_what_its_outputs_predict(make_trainer):
+    class Regression(DANNMLP):
+        def likelihood(self, outputs):
+            return torch.distributions.Normal(outputs, 0.5)
+
+    logged = []
+
+    class Logger(pl.loggers.logger.DummyLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append(metrics)
+
+    torch.manual_seed(0)
+    model, images = Regression(hidden_sizes=[12], optimizer=SGD), torch.rand(4, 1, 28, 28)
+    expected, of_classes = (
+        fisher_ratios(model.network, images, torch.Generator().manual_seed(0), *likelihood)["3"]["b"]
+        for likelihood in ([model.likelihood], [])
+    )
+    loader = DataLoader(TensorDataset(images, torch.zeros(4, dtype=torch.long)), batch_size=4)
+    make_trainer(max_steps=1, callbacks=[FisherMonitor()], logger=Logger()).fit(model, loader)
+    assert logged[0]["network.3/fisher_b"] == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(of_classes, rel=0.05)
 
 
 def test_watching_alone_changes_no_weight(data, make_trainer):

@@ -15,7 +15,7 @@ def loaded_after(statement):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
-@pytest.mark.parametrize("room", ["layers", "optim", "networks", "initialization", "diagnostics", "testing"])
+@pytest.mark.parametrize("room", ["layers", "optim", "networks", "initialization", "analysis", "testing"])
 def test_bottom_rooms_are_plain_torch(room):
     assert loaded_after(f"import lightning_danns.{room}") == []
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_danns.nonnegativity import NonNegativity
+from lightning_danns.analysis.nonnegativity import NonNegativity
 
 X = 3 * torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 W = torch.randn(4, 4, 3, 3, generator=torch.Generator().manual_seed(1))
@@ -102,4 +102,10 @@ def test_a_parameter_guarantees_nothing_however_positive():
     scale = torch.nn.Parameter(torch.ones(4, 1, 1))
     with torch.no_grad(), NonNegativity(X) as known:
         y = X * scale
-    assert known.origin(y) == "mul"
+    assert known.origin(y) == "a parameter or constant"
+
+
+def test_the_origin_is_the_operation_at_fault_however_much_is_done_afterwards():
+    with torch.no_grad(), NonNegativity(X) as known:
+        y = F.max_pool2d(2 * F.silu(lowered(X)) + X, 2).flatten(1).mean(1)
+    assert known.origin(y) == "silu"

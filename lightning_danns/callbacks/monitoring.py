@@ -1,6 +1,7 @@
 """Watching Dale's networks learn: what inhibition does in each layer, and how much its parameters matter."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -8,21 +9,26 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from lightning_danns.diagnostics import LayerActivity, inspectable_layers, projection_cosine, weight_diagnostics
+from lightning_danns.analysis.diagnostics import (
+    LayerActivity,
+    inspectable_layers,
+    projection_cosine,
+    weight_diagnostics,
+)
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import DaleModule, dale_layers, unobservable
-from lightning_danns.optim import change_factors_, fisher_ratios, measured_factors
+from lightning_danns.optim import Likelihood, categorical, change_factors_, fisher_ratios, measured_factors
 
 
 class DaleDiagnostics(pl.Callback):
     """Logs what inhibition does in every layer, as ``LAYER/QUANTITY`` (``network.1/ei_ratio``), a row an epoch.
 
-    The quantities are defined in `lightning_danns.diagnostics`. One batch in ``every_n_batches`` is looked at, from the
-    first on: what its layers compute in the forward pass of training, and the optimizer step that follows, for
-    ``projection_cosine``. The row has means over the epoch's batches, as ``train_loss`` is, and the weights of its end.
+    The quantities are defined in `lightning_danns.analysis.diagnostics`. One batch in ``every_n_batches`` is looked at,
+    from the first on: what its layers compute in the forward pass of training, and the step that follows, of the
+    Trainer's optimizers, for ``projection_cosine``. The row has means over the epoch's batches, as ``train_loss`` is,
+    and the weights of its end.
     Training is not disturbed: weights end as without it, to the bit.
 
     On a CPU core (784-500-500-500-10, batch 32), a batch that is looked at takes the time of 1.6 more steps, and the
@@ -51,7 +57,7 @@ class DaleDiagnostics(pl.Callback):
         self.latest: dict[str, float] = {}
         self._forget()
         self._handles: list[RemovableHandle] = []
-        self._step: _WatchedStep | None = None
+        self._steps = _Steps([])
 
     def _forget(self) -> None:
         self._activity: dict[str, LayerActivity] = {}
@@ -59,6 +65,9 @@ class DaleDiagnostics(pl.Callback):
 
     def _due(self, trainer: pl.Trainer) -> bool:
         return (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps = _Steps(trainer.optimizers)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -78,29 +87,24 @@ class DaleDiagnostics(pl.Callback):
                 self._activity.setdefault(names[layer], LayerActivity()).update(layer, x)
 
         self._handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in names]
-        if self._step is None:
-            self._step = _WatchedStep({n: layer for n, layer in layers.items() if isinstance(layer, DaleModule)})
+        self._steps.watch({name: layer for name, layer in layers.items() if isinstance(layer, DaleModule)})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._handles or self._step:
-            for name, cosine in self._step.cosines if self._step else ():
-                self._cosines.setdefault(name, []).append(cosine)
-            # gradients may be accumulated over more batches, until the step comes
-            self._look_away(keep_step=bool(self._step and not self._step.taken))
+        self._look_away()
+        # gradients may be accumulated over more batches, until the step comes
+        for name, cosine in self._steps.taken():
+            self._cosines.setdefault(name, []).append(cosine)
 
-    def _look_away(self, keep_step: bool = False) -> None:
+    def _look_away(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._step and not keep_step:
-            self._step.end()
-            self._step = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # before the epoch's checkpoints; every process takes part, because sharded weights are put together here
-        self._look_away()
+        self._steps.forget()
         if not self._due(trainer):
             return
         values: dict[str, float] = {}
@@ -128,54 +132,86 @@ class DaleDiagnostics(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._look_away()
+        self._steps.end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._look_away()
+        self._steps.end()
 
 
-class _WatchedStep:
-    """The next step of any optimizer: signed weights before it, after it, and after their projection."""
+class _Steps:
+    """Watches steps of some optimizers: signed weights before one, after it, and after their projection.
 
-    def __init__(self, layers: dict[str, DaleModule]) -> None:
-        self.layers, self.taken = layers, False
-        self.cosines: list[tuple[str, float]] = []
-        # made after DaleProjection's hook, and so called after it
+    Its hooks are the first of each optimizer, since on_fit_start; the projection comes later in the step.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._layers: Mapping[str, DaleModule] = {}  # those watched; none: steps pass by
+        self._cosines: list[tuple[str, float]] = []
+        self._stepped: dict[str, tuple[list[nn.Parameter], list[Tensor], list[Tensor]]] = {}
+        self._any = False
         self._handles = [
-            register_optimizer_step_pre_hook(self._before),
-            register_optimizer_step_post_hook(self._projected),
+            handle
+            for optimizer in optimizers
+            for handle in (
+                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_post_hook(self._after),
+            )
         ]
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        self._own = {
-            name: [parameter for _, parameter in layer.nonnegative_parameters() if parameter in stepped]
-            for name, layer in self.layers.items()
-        }
-        self._start = self._copies()
-        # an optimizer's own hooks come before those of all optimizers, of which DaleProjection's is one
-        self._handles.append(optimizer.register_step_post_hook(self._stepped))
+    def watch(self, layers: Mapping[str, DaleModule]) -> None:
+        """Look at the next steps, until one was `taken`."""
+        self._layers = layers
 
-    def _copies(self) -> dict[str, list[Tensor]]:
-        return {name: [parameter.detach().clone() for parameter in own] for name, own in self._own.items()}
+    def taken(self) -> list[tuple[str, float]]:
+        """Layers and cosines of the steps since `watch`, after which it looks no more; empty if none has come."""
+        self._compare()
+        cosines = self._cosines
+        if self._any:
+            self.forget()
+        return cosines
 
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._after = self._copies()
-
-    def _projected(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.taken = True
-        for name, own in self._own.items():
-            if own:
-                cosine = projection_cosine(self._start[name], self._after[name], [p.detach() for p in own])
-                if not math.isnan(cosine):  # a layer that was not stepped
-                    self.cosines.append((name, cosine))
+    def forget(self) -> None:
+        self._layers, self._cosines, self._stepped, self._any = {}, [], {}, False
 
     def end(self) -> None:
+        self.forget()
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._compare()
+        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for name, layer in self._layers.items():
+            own = [parameter for _, parameter in layer.nonnegative_parameters() if parameter in trained]
+            if own:
+                self._stepped[name] = own, _copies(own), []
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._any = True
+        for own, _, stepped in self._stepped.values():
+            stepped += _copies(own)
+
+    def _compare(self) -> None:
+        """Of the last step, if there was one: its weights have been projected by now."""
+        for name, (own, start, stepped) in self._stepped.items():
+            if stepped:
+                cosine = projection_cosine(start, stepped, [parameter.detach() for parameter in own])
+                if not math.isnan(cosine):  # a layer that was not stepped
+                    self._cosines.append((name, cosine))
+        self._stepped = {}
+
+
+def _copies(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
 
 
 class FisherMonitor(pl.Callback):
     """Measures the diagonal Fisher information of each kind of parameter, relative to Wex (see `fisher_ratios`).
+
+    What the network predicts is the softmax of its outputs, unless the module has a method ``likelihood(outputs)`` that
+    returns another `torch.distributions.Distribution`. A batch is a tensor of inputs, or begins with it.
 
     It does so on the first batch of a fit, before its step, and prints the ratios beside those that the published
     factors assume. Under ``correction="measured"`` they become the learning-rate factors (see `measured_factors`); the
@@ -201,11 +237,12 @@ class FisherMonitor(pl.Callback):
         network = getattr(pl_module, "network", None)
         if not isinstance(network, torch.nn.Module):
             raise UsageError(f"FisherMonitor measures pl_module.network, which {type(pl_module).__name__} has not")
-        images = batch[0]
-        generator = torch.Generator(images.device).manual_seed(epoch)  # not torch's, which training draws from
-        measured = fisher_ratios(network, images, generator)
+        inputs = batch if isinstance(batch, Tensor) else batch[0]
+        generator = torch.Generator(inputs.device).manual_seed(epoch)  # not torch's, which training draws from
+        likelihood: Likelihood = getattr(pl_module, "likelihood", categorical)
+        measured = fisher_ratios(network, inputs, generator, likelihood)
         names = [(layer, kind) for layer, kinds in measured.items() for kind in kinds]
-        local = torch.tensor([measured[layer][kind] for layer, kind in names], device=images.device)
+        local = torch.tensor([measured[layer][kind] for layer, kind in names], device=inputs.device)
         values: Any = trainer.strategy.reduce(local, reduce_op="mean")  # over all processes
         ratios: dict[str, dict[str, float]] = {}
         for (layer, kind), value in zip(names, values.tolist(), strict=True):
@@ -223,7 +260,7 @@ class FisherMonitor(pl.Callback):
 
 
 def _table(network: torch.nn.Module, ratios: dict[str, dict[str, float]]) -> str:
-    lines = ["Fisher information relative to the layer's first parameter: measured (assumed by the published factors)"]
+    lines = ["Fisher information relative to that of Wex: measured (assumed by the published factors)"]
     for name, layer in dale_layers(network):
         assumed = {kind: 1 / factor for kind, factor in layer.lr_factors().items()}
         cells = [

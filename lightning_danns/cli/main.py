@@ -177,10 +177,13 @@ class CLI(LightningCLI):
         return yaml.safe_dump(yaml.safe_load(text)[self.subcommand], sort_keys=False)
 
     def before_fit(self) -> None:
-        keep_earlier(self.folder / "metrics.csv")
+        self.log = self.folder / "metrics.csv"
+        self.earlier_log = keep_earlier(self.log)
 
     def after_fit(self) -> None:
-        if is_rank_zero() and not self.trainer.fast_dev_run and not (self.folder / "result.yaml").exists():
+        if self.earlier_log is not None and not self.log.exists():  # a fit that was at its end already
+            self.earlier_log.rename(self.log)
+        if is_rank_zero() and not (self.trainer.fast_dev_run or (self.folder / "result.yaml").exists()):  # type: ignore[attr-defined]
             raise UsageError("nothing was trained: max_epochs, max_steps and limit_train_batches must be above 0")
         checkpoints = self.run_folder / "checkpoints"
         self._print_summary([path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt") if path.exists()])

@@ -54,13 +54,14 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
-def keep_earlier(path: Path) -> None:
+def keep_earlier(path: Path) -> Path | None:
     """Give a log of an earlier start in the same folder another name, because the logger would wipe it."""
-    if path.exists() and is_rank_zero():
-        number = 1
-        while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(earlier)
+    if not path.exists() or not is_rank_zero():
+        return None
+    number = 1
+    while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(earlier)
 
 
 class RunRecord(pl.Callback):

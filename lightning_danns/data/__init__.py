@@ -1,6 +1,8 @@
 """Data sets of images, and the base of yours."""
 
-from lightning_danns.data.batches import BatchIndex, EvenBatchSampler, ResumableLoader
+from lightning_danns.data.base import ResumableDataModule
+from lightning_danns.data.batches import BatchDataset, BatchIndex, EvenBatchSampler, ResumableLoader
+from lightning_danns.data.folders import ImageFolderDataModule, ImageNetDataModule
 from lightning_danns.data.modules import (
     CIFAR10DataModule,
     FashionMNISTDataModule,
@@ -13,15 +15,19 @@ from lightning_danns.data.modules import (
 )
 
 __all__ = [
+    "BatchDataset",
     "BatchIndex",
     "CIFAR10DataModule",
     "EvenBatchSampler",
     "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageDataset",
+    "ImageFolderDataModule",
+    "ImageNetDataModule",
     "KMNISTDataModule",
     "MNIST5kDataModule",
     "MNISTDataModule",
+    "ResumableDataModule",
     "ResumableLoader",
     "crop_and_flip",
 ]

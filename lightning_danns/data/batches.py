@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, get_worker_info
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_danns.errors import UsageError
@@ -112,17 +113,75 @@ def seed_generators_(seed: int) -> None:
         torch.cuda.manual_seed(seed)
 
 
-class ResumableLoader(DataLoader):
-    """Serves the batches of an `EvenBatchSampler` and can go on, in a new process, after any of them.
+@contextmanager
+def drawing(seed: int) -> Iterator[None]:
+    """The CPU's default generator starts from ``seed`` within, and goes on after as if nothing was drawn."""
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+class BatchDataset(Dataset):
+    """A data set that makes a whole batch at once, from a `BatchIndex`. A subclass says `batch` and its length."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def batch(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs (N, ...) and labels (N, ...) of ``samples`` (N,); random numbers follow from ``seed`` (`drawing`)."""
+        raise NotImplementedError
+
+    def end_pass(self) -> None:
+        """Called in the main process when the last batch of a pass is there."""
+
+    def __getitem__(self, index: BatchIndex | list[BatchIndex]) -> Any:
+        """The batch of an index; of a list of them the stacked batches."""
+        try:
+            if not isinstance(index, list):
+                return self.batch(*index)
+            batches = [self.batch(*one) for one in index]
+            return torch.stack([inputs for inputs, _ in batches]), torch.stack([labels for _, labels in batches])
+        except UsageError as error:
+            if get_worker_info() is None:
+                raise
+            return error  # BatchLoader raises it; raised here, its text would become a traceback
+
+
+class BatchLoader(DataLoader):
+    """Serves the batches of an `EvenBatchSampler`, made by a `BatchDataset`.
+
+    Make it with ``sampler=EvenBatchSampler(...)`` and ``batch_size=None``.
+    """
+
+    dataset: BatchDataset
+    sampler: EvenBatchSampler
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        left = len(self.sampler) - self.sampler.done
+        for batch in super().__iter__():
+            if isinstance(batch, UsageError):
+                try:
+                    raise batch
+                finally:
+                    del batch  # in a cycle with this frame, the workers would be ended late and in 5 seconds
+            left -= 1
+            if left == 0:  # here, because Lightning does not ask for more after the last batch
+                self.dataset.end_pass()
+            yield batch
+
+
+class ResumableLoader(BatchLoader):
+    """A `BatchLoader` that can go on, in a new process, after any batch.
 
     Before it hands out a batch, it seeds torch's default generators from (seed, epoch, batch, process). Dropout masks,
     labels drawn by `DiagonalNGD` and whatever else a training step draws from them are therefore the same whether or
-    not the run was interrupted before. Lightning saves and restores ``state_dict`` with its checkpoints.
+    not the run was interrupted before. torchdata's ``StatefulDataLoader`` restores the order alone: draws of
+    augmentation and of training steps differ after it, and Lightning keeps the state of one process only.
 
-    Make it with ``sampler=EvenBatchSampler(...)`` and ``batch_size=None``; the dataset takes `BatchIndex`es.
+    Lightning saves and restores ``state_dict`` with its checkpoints, unless something asked for the loader before the
+    checkpoint was read (``trainer.estimated_stepping_batches`` does): `ResumableDataModule` is exact then too.
     """
 
-    sampler: EvenBatchSampler
     _resumed = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

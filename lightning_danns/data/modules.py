@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from lightning_danns.data.batches import BatchIndex, EvenBatchSampler, ResumableLoader, seed_generators_
+from lightning_danns.data.base import ResumableDataModule, stratified_split
+from lightning_danns.data.batches import BatchDataset, BatchIndex, drawing
 from lightning_danns.data.files import Arrays, make_folder, read_arrays, torchvision_arrays, write_arrays
 from lightning_danns.errors import UsageError
 
 
-class ImageDataset(Dataset):
+class ImageDataset(BatchDataset):
     """Images (N, C, H, W) as uint8 and labels (N,); yields pixels in [0, 1] as float32.
 
     ``augment`` maps a batch of uint8 images to one of the same shape, newly for every `BatchIndex` that is served.
@@ -27,18 +26,17 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
-        if isinstance(index, list) and all(isinstance(one, BatchIndex) for one in index):
-            batches = [self[one] for one in index]
-            return torch.stack([images for images, _ in batches]), torch.stack([labels for _, labels in batches])
-        if not isinstance(index, BatchIndex):
-            return self.images[index].float().div_(255), self.labels[index]
-        images = self.images[index.samples]
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, BatchIndex | list):
+            return super().__getitem__(index)
+        return self.images[index].float().div_(255), self.labels[index]
+
+    def batch(self, samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        images = self.images[samples]
         if self.augment is not None:
-            with torch.random.fork_rng(devices=()):
-                seed_generators_(index.seed)
+            with drawing(seed):
                 images = self.augment(images)
-        return images.float().div_(255), self.labels[index.samples]
+        return images.float().div_(255), self.labels[samples]
 
 
 def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
@@ -55,16 +53,7 @@ def crop_and_flip(images: Tensor, padding: int = 4) -> Tensor:
     return picked.permute(0, 3, 1, 2).contiguous()
 
 
-def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the rest and of ``size`` held-out samples, in which each class has its share to within one."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[torch.argsort(labels[order], stable=True)]
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    held_out[(torch.arange(size, dtype=torch.float64) * len(labels) / max(size, 1)).long()] = True
-    return order[~held_out].sort().values, order[held_out].sort().values
-
-
-class ImageDataModule(pl.LightningDataModule):
+class ImageDataModule(ResumableDataModule):
     """Loads ``data_dir/NAME.npz``, splits its training images by seed and class, and serves batches.
 
     A subclass names a data set by three class attributes, and names its torchvision class or overrides `fetch` if it
@@ -79,16 +68,11 @@ class ImageDataModule(pl.LightningDataModule):
 
     Args:
         data_dir: folder of the data file.
-        batch_size: images per batch and process, at most: an epoch is cut into batches equal in size to within one.
+        batch_size: images per batch and process, at most (`ResumableDataModule`).
         val_size: how many training images to hold out for validation (10 000 if the data set has no other default);
             0 trains on all of them.
-        test_each_epoch: whether each validation also evaluates the test images, logged as ``test_loss`` and
-            ``test_accuracy``. For reports of the last epochs' mean; select nothing by it.
         split_seed: seed of that split, independent of the seed of training.
-        num_workers: processes that prepare batches; 0 is fastest here unless the transform is slow.
-        order_seed: seed of the order of training images, independent of the seed of training, which sets it if this
-            is not given. A list serves a batch of its own for each seed, images (seeds, batch_size, C, H, W), to
-            `ReplicatedClassifier`.
+        num_workers, order_seed, test_each_epoch: see `ResumableDataModule`.
 
     Raises:
         UsageError: the data file is missing and cannot be made, is damaged, or is not the data set that it should
@@ -111,32 +95,21 @@ class ImageDataModule(pl.LightningDataModule):
         order_seed: int | list[int] | None = None,
         test_each_epoch: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, order_seed, test_each_epoch)
+        data_dir = str(data_dir)  # a checkpoint with a Path does not load
         if val_size is None:
             val_size = self.default_val_size
-        if batch_size < 1:
-            raise UsageError(f"batch_size={batch_size}: it must be at least 1")
         if val_size < 0:
             raise UsageError(f"val_size={val_size}: give the number of images to hold out, 0 to hold out none")
         if not 0 <= split_seed < 2**63:
             raise UsageError(f"split_seed={split_seed}: it must be from 0 to 2^63 - 1")
-        if num_workers < 0:
-            raise UsageError(f"num_workers={num_workers}: it must be 0 (no extra process) or more")
-        if order_seed is not None and (order_seed == [] or min(np.atleast_1d(order_seed)) < 0):
-            raise UsageError(f"order_seed={order_seed}: give a seed that is not negative, or a list of such")
         self.save_hyperparameters()
-        self.data_dir, self.batch_size, self.val_size = data_dir, batch_size, val_size
-        self.split_seed, self.num_workers, self.order_seed = split_seed, num_workers, order_seed
-        self.test_each_epoch = test_each_epoch
-        self._seed: int | None = None
-        self.train_set: ImageDataset | None = None
-        self.val_set: ImageDataset | None = None
-        self.test_set: ImageDataset | None = None
+        self.data_dir, self.val_size, self.split_seed = data_dir, val_size, split_seed
 
     @property
     def path(self) -> Path:
         """The data file."""
-        return Path(self.data_dir) / f"{self.dataset}.npz"
+        return Path(self.data_dir).expanduser() / f"{self.dataset}.npz"
 
     def fetch(self) -> Arrays:
         """Make the four arrays of the data file from a source that this machine can reach."""
@@ -154,11 +127,7 @@ class ImageDataModule(pl.LightningDataModule):
             make_folder(self.path.parent)  # first, because to fetch may take minutes
             write_arrays(self.path, self.fetch())
 
-    def setup(self, stage: str | None = None) -> None:
-        if self.trainer is not None:  # training steps seed the generators, and loaders may be made anew between them
-            self._seed = torch.initial_seed()
-        if self.train_set is not None:
-            return
+    def load(self) -> None:
         images_labels = read_arrays(self.path, self.image_shape, self.num_classes)
         labels = images_labels["y_train"]
         if self.val_size >= len(labels):
@@ -174,50 +143,10 @@ class ImageDataModule(pl.LightningDataModule):
     @property
     def pixel_mean(self) -> float:
         """Mean pixel in [0, 1] of the training images; after `setup`."""
-        images = _loaded(self.train_set).images
+        if not isinstance(self.train_set, ImageDataset):
+            raise UsageError("the data are not loaded yet: call prepare_data() and setup() first, as the Trainer does")
+        images = self.train_set.images
         return int(images.sum(dtype=torch.int64)) / images.numel() / 255  # exact, without a copy of 8 times the size
-
-    def train_dataloader(self) -> DataLoader:
-        # under overfit_batches, Lightning takes the first batches of an order that must stay
-        fixed = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
-        return ResumableLoader(**self._loader_arguments(self.train_set, shuffle=not fixed, order_seed=self.order_seed))
-
-    def val_dataloader(self) -> DataLoader | list[DataLoader] | dict[str, DataLoader]:
-        loaders = {"val": DataLoader(**self._loader_arguments(self.val_set))} if self.val_size else {}
-        if self.test_each_epoch:
-            return {**loaders, "test": self.test_dataloader()}  # ImageClassifier counts them by these names
-        return loaders.get("val", [])
-
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(**self._loader_arguments(self.test_set))
-
-    def predict_dataloader(self) -> DataLoader:
-        return DataLoader(**self._loader_arguments(self.test_set))
-
-    def _loader_arguments(
-        self, dataset: ImageDataset | None, shuffle: bool = False, order_seed: int | list[int] | None = None
-    ) -> dict[str, Any]:
-        dataset = _loaded(dataset)
-        own_seed = torch.initial_seed() if self._seed is None else self._seed
-        seed, process = own_seed if order_seed is None else order_seed, None
-        if self.trainer is not None:
-            seed = self.trainer.strategy.broadcast(seed)  # one order for all processes
-            distributed = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-            process = (distributed["rank"], distributed["num_replicas"])
-        return {
-            "dataset": dataset,
-            "sampler": EvenBatchSampler(len(dataset), self.batch_size, shuffle, seed, process),
-            "batch_size": None,  # the sampler makes the batches
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-
-def _loaded(dataset: ImageDataset | None) -> ImageDataset:
-    if dataset is None:
-        raise UsageError("the data are not loaded yet: call prepare_data() and setup() first, as the Trainer does")
-    return dataset
 
 
 class MNISTDataModule(ImageDataModule):

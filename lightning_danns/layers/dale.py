@@ -6,6 +6,7 @@ parameter names nor concrete types, so a new layer joins by declaring itself.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,8 +26,12 @@ class DANNComponents(NamedTuple):
     z: Tensor
 
 
-VANISHING = 1e-30
-"""Lowest value of a weight that balance scales, in place of 0: scaling brings it back when excitation asks for it."""
+VANISHING = 1e-12
+"""Lowest value, in place of 0, of a weight that inhibition is made of in a balanced layer.
+
+So there is always some inhibition to scale, and no scaled weight is infinite, even where the product of two such
+weights meets huge excitation. It is less than what float32 rounds off from a weight of usual size.
+"""
 
 
 class Balance(NamedTuple):
@@ -51,13 +56,15 @@ class DaleModule(nn.Module):
             (a switched-off option) are passed over.
         nonnegative_inputs: whether the layer is only defined for inputs >= 0.
         unit_dim: the dimension of its output that counts units; -1, or -3 for a convolution over images.
+        relative_to: the own parameter whose rate and Fisher information the factors are relative to; None, the first.
         balanced: whether each unit's total inhibition is kept equal to its total excitation.
-        balancing: names of the own parameters that do so; they stay >= `VANISHING` instead of >= 0 then.
+        balancing: names of the own parameters that make up inhibition; `project_` then clamps them to `VANISHING`
+            instead of 0.
 
     Methods:
         lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
         balance: both totals of each unit, of a layer that can be balanced.
-        components, net_weight: for analysis (`lightning_danns.diagnostics`), if the layer has such parts.
+        components, net_weight: for analysis (`lightning_danns.analysis`), if the layer has such parts.
 
     Example:
         >>> class Excitatory(DaleModule):
@@ -82,6 +89,7 @@ class DaleModule(nn.Module):
     nonnegative: ClassVar[tuple[str, ...]] = ()
     nonnegative_inputs: ClassVar[bool] = True
     unit_dim: ClassVar[int] = -1
+    relative_to: ClassVar[str | None] = None
     balanced: bool = False
     balancing: ClassVar[tuple[str, ...]] = ()
 
@@ -136,12 +144,12 @@ def project_(model: nn.Module) -> None:
 
     `DaleProjection` does this for Lightning; this function is for your own training loop.
     """
-    layers: list[DaleModule] = []
+    layers: dict[DaleModule, None] = {}  # a shared layer once: it would be balanced twice
     modules: list[nn.Module | None] = [model]
     while modules:  # model.modules() hashes each module, which torchmetrics makes slow
         module = modules.pop()
         if isinstance(module, DaleModule):
-            layers.append(module)
+            layers[module] = None
         if module is not None:
             modules += module._modules.values()
     signed: list[Tensor] = []
@@ -149,12 +157,13 @@ def project_(model: nn.Module) -> None:
     for layer in layers:
         for name, parameter in layer.nonnegative_parameters():
             signed.append(parameter)
-            lowest.append(VANISHING if layer.balanced and name in layer.balancing else 0.0)
+            vanishing = layer.balanced and name in layer.balancing
+            lowest.append(max(VANISHING, torch.finfo(parameter.dtype).tiny) if vanishing else 0.0)
     if signed and all(type(parameter) is nn.Parameter for parameter in signed):
         torch._foreach_clamp_min_(signed, lowest)  # all at once, as torch's optimizers step
     else:  # shards, which do not mix with whole tensors or those of other meshes
-        for parameter, low in zip(signed, lowest, strict=True):
-            parameter.clamp_(min=low)
+        for weight, low in zip(signed, lowest, strict=True):
+            weight.clamp_(min=low)
     balance_([layer for layer in layers if layer.balanced])
 
 
@@ -164,7 +173,9 @@ def balance_(layers: Sequence[DaleModule]) -> None:
 
     A unit without excitation, and one whose totals are not finite, keeps its weights.
     """
-    parts = [part for layer in layers if (part := layer.balance()) is not None]
+    parts = [part for layer in layers if (part := _totals(layer)) is not None]
+    if not parts:
+        return
     together = len({(type(part.excitation), part.excitation.device, part.excitation.dtype) for part in parts}) == 1
     if together and type(parts[0].excitation) is Tensor:  # one small vector of all units instead of one a layer
         ratio = _ratio(torch.cat([part.excitation for part in parts]), torch.cat([part.inhibition for part in parts]))
@@ -175,15 +186,29 @@ def balance_(layers: Sequence[DaleModule]) -> None:
         part.scaled.mul_(ratio.view(-1, *[1] * (part.scaled.dim() - 1)))
 
 
+def _totals(layer: DaleModule) -> Balance | None:
+    parameter = next(layer.parameters(recurse=False), None)
+    if parameter is None or not torch.is_autocast_enabled(parameter.device.type):
+        return layer.balance()
+    with without_autocast(parameter):  # which would round their products
+        return layer.balance()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Whatever autocast does on the device of ``x``, not here."""
+    # by name, because torch.compile of torch 2.6 cannot ask torch.amp.is_autocast_available
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 def _ratio(excitation: Tensor, inhibition: Tensor) -> Tensor:
     ratio = excitation / inhibition
-    return torch.where((ratio > 0) & (ratio < math.inf), ratio, 1)
+    return torch.where(ratio > 0, ratio, 1).nan_to_num_(posinf=1)
 
 
 @torch.no_grad()
 def imbalance(layer: DaleModule) -> Tensor | None:
     """Of each unit, |S - I| / S, total excitation against total inhibition; 0 where S = 0, None without both."""
-    part = layer.balance()
+    part = _totals(layer)
     if part is None:
         return None
     excitation, inhibition = whole(part.excitation), whole(part.inhibition)
@@ -199,7 +224,7 @@ def imbalances(model: nn.Module) -> dict[str, float]:
     for name, layer in dale_layers(model):
         if layer.balanced and (of_units := imbalance(layer)) is not None:
             precision = max(torch.finfo(p.dtype).eps for p in layer.parameters(recurse=False))
-            if bool((of_units > math.sqrt(precision)).any()):
+            if not bool((of_units <= math.sqrt(precision)).all()):  # so that NaN counts
                 lost[name] = float(of_units.max())
     return lost
 
@@ -248,7 +273,7 @@ def refuse_negative_inputs(model: nn.Module) -> Callable[[], None]:
         name, handle = handles.pop(layer)
         handle.remove()
         x = next(iter((*args, *kwargs.values())), None)
-        if isinstance(x, Tensor) and not bool((x >= 0).all()):
+        if isinstance(x, Tensor) and bool((x < 0).any()):  # a NaN has no sign, and comes from weights that diverged
             raise UsageError(
                 f"layer {name!r} ({type(layer).__name__}) received an input of {float(x.detach().min()):.4g}, but "
                 "its inputs must be >= 0: give it pixels in [0, 1] (not normalised by mean and std) or the "

@@ -13,8 +13,6 @@ of operations that is fastest for it.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +28,7 @@ from lightning_danns.initialization import (
     inhibition_iid_,
     log_gain,
 )
-from lightning_danns.layers.dale import Balance, DaleModule, DANNComponents, balance_, total
+from lightning_danns.layers.dale import Balance, DaleModule, DANNComponents, balance_, total, without_autocast
 
 EPS = 1e-8
 """Added to gamma, so that a unit without any inhibition does not divide by zero."""
@@ -42,11 +40,6 @@ def eps_for(drive: Tensor) -> float:
     Gradients of drives go back through their format, and float16 cannot hold what a division by 1e-8 gives.
     """
     return max(EPS, torch.finfo(drive.dtype).tiny)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    # by name, because torch.compile of torch 2.6 cannot ask torch.amp.is_autocast_available
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -66,7 +59,8 @@ class DANN(DaleModule):
     """
 
     nonnegative = ("Wex", "Wix", "Wei", "g")
-    balancing = ("Wei",)
+    balancing = ("Wix", "Wei")
+    relative_to = "Wex"
     alpha: nn.Parameter | None
     g: nn.Parameter | None
     b: nn.Parameter | None
@@ -136,9 +130,10 @@ class DANN(DaleModule):
         """S_i = sum_j Wex_ij and I_i = sum_k Wei_ik sum_j Wix_kj, which a row of Wei scales."""
         Wix, Wei = total(self.Wix), at_least_float32(self.Wei)  # (ni,), (ne, ni / groups)
         if self.groups == 1:
-            return Balance(total(self.Wex), Wei @ Wix, self.Wei)
-        inhibition = torch.bmm(Wei.reshape(self.groups, -1, Wei.shape[1]), Wix.view(self.groups, -1, 1))
-        return Balance(total(self.Wex), inhibition.flatten(), self.Wei)
+            inhibition = torch.mv(Wei, Wix)
+        else:  # not a batched product, which GPUs may round (TF32)
+            inhibition = (Wei.view(self.groups, -1, Wei.shape[1]) * Wix.view(self.groups, 1, -1)).sum(-1).flatten()
+        return Balance(total(self.Wex), inhibition, self.Wei)
 
     def lr_factors(self) -> dict[str, float]:
         """Fisher corrections: Wix 1/√ne, Wei 1/d, alpha 1/(d √ne); Wex, g and b keep 1."""

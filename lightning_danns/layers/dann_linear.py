@@ -1,15 +1,13 @@
 """The dense layer of Dale's ANNs."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inhibition, Inputs
-from lightning_danns.layers.dann import DANN, EPS, at_least_float32, without_autocast
+from lightning_danns.layers.dann import DANN, at_least_float32
+from lightning_danns.layers.fused import DivisiveLinear, in_half, transformed
 
 
 class DANNLinear(DANN):
@@ -102,12 +100,12 @@ class DANNLinear(DANN):
 
     def forward(self, x: Tensor) -> Tensor:
         self._refuse_misfit(x)
-        if _in_half(x):
+        if in_half(x):
             return self._folded(x)
-        if self.alpha is None or _transformed():
+        if self.alpha is None or transformed():
             return self.components(x).z
         rows = x if x.dim() == 2 else x.reshape(-1, self.d)
-        z = _Divisive.apply(rows, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b)
+        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b)
         return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -121,68 +119,3 @@ class DANNLinear(DANN):
 
     def extra_repr(self) -> str:
         return f"in_features={self.d}, ne={self.ne}, ni={self.ni}, {self._options()}"
-
-
-def _in_half(x: Tensor) -> bool:
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return autocast or x.dtype in (torch.float16, torch.bfloat16)
-
-
-def _transformed() -> bool:
-    """Whether something other than autograd follows the operations: a compiler, torch.func, forward-mode autograd."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()  # as torch.autograd.Function asks
-        or forward_ad._current_level >= 0
-    )
-
-
-def _equations(
-    x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, gain: Tensor, g: Tensor, b: Tensor | None
-) -> tuple[Tensor, ...]:
-    """z, and what its gradients need: z_i, gain z_i, gamma and u = (z_e - Wei z_i) / gamma."""
-    z_i = F.linear(x, Wix)  # (batch, ni)
-    gained = gain * z_i
-    gamma = F.linear(gained, Wei).add_(EPS)  # (batch, ne)
-    u = F.linear(x, Wex).addmm_(z_i, Wei.t(), alpha=-1).div_(gamma)
-    return g * u if b is None else torch.addcmul(b, g, u), z_i, gained, gamma, u
-
-
-class _Divisive(torch.autograd.Function):
-    """The equations with gradients by hand: fewer passes over (batch, ne) and fewer small products than autograd's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None
-    ) -> Tensor:
-        gain = alpha.exp()
-        z, *kept = _equations(x, Wex, Wix, Wei, gain, g, b)
-        ctx.save_for_backward(x, Wex, Wix, Wei, alpha, g, b, gain, *kept)
-        return z
-
-    @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Any:
-        if _in_half(dz):  # backward() under autocast, of a forward pass that was not
-            with without_autocast(dz):
-                return _Divisive.backward(ctx, dz)
-        x, Wex, Wix, Wei, alpha, g, b, gain, z_i, gained, gamma, u = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # these gradients are to be differentiated again: leave them to autograd
-            z, *_ = _equations(x, Wex, Wix, Wei, alpha.exp(), g, b)
-            wanted = [value for value, wants in zip((x, Wex, Wix, Wei, alpha, g, b), needed, strict=True) if wants]
-            gradients = iter(torch.autograd.grad(z, wanted, dz, create_graph=True))
-            return tuple(next(gradients) if wants else None for wants in needed)
-        w = dz * u
-        dg, db = w.sum(0), None if b is None else dz.sum(0)
-        r = g / gamma
-        dv = dz * r  # (batch, ne); dz_e is the same
-        w *= r  # -dgamma
-        divided = torch.mm(w, Wei)  # (batch, ni): minus the gradient of gain z_i
-        dalpha = (divided * gained).sum(0).neg_()
-        dz_i = divided.mul_(gain).addmm_(dv, Wei, beta=-1, alpha=-1)
-        dWei = torch.mm(w.t(), gained).addmm_(dv.t(), z_i, beta=-1, alpha=-1)
-        dWex = torch.mm(dv.t(), x) if needed[1] else None
-        dWix = torch.mm(dz_i.t(), x) if needed[2] else None
-        dx = torch.mm(dv, Wex).addmm_(dz_i, Wix) if needed[0] else None
-        return dx, dWex, dWix, dWei, dalpha, dg, db

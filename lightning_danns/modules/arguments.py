@@ -55,7 +55,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset | range):
         return [plain(item) for item in value]
-    made, init_args = direct(value), {}
+    made: Any = direct(value)
+    init_args: dict[str, Any] = {}
     if isinstance(made, functools.partial):
         made, init_args = made.func, plain(made.keywords)
     path = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', '')}"

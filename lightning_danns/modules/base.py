@@ -1,6 +1,5 @@
 """Any network under Dale's principle as a LightningModule: parameter groups, projection, plain arguments. No task."""
 
-import inspect
 import os
 from typing import Any, ClassVar, Literal
 
@@ -8,13 +7,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_danns.callbacks import DaleProjection, FisherMonitor
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
 from lightning_danns.modules.arguments import accepts, made_of, plain, restored
 from lightning_danns.modules.resume import ANEW, refuse_other_network, refuse_other_optimizer
-from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured, rehearse
+from lightning_danns.modules.schedule import scheduled, step_plateaus
+from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
 
 
 class DaleLightningModule(pl.LightningModule):
@@ -72,23 +73,14 @@ class DaleLightningModule(pl.LightningModule):
         optimizer = fisher_optimizer(self.optimizer_factory, self.parameter_groups())
         if self.lr_scheduler_factory is None:
             return optimizer
-        parameters, length = inspect.signature(self.lr_scheduler_factory).parameters, {}
-        if "total" in parameters and parameters["total"].default is None:
-            interval = parameters["interval"].default if "interval" in parameters else "epoch"
-            steps, epochs = self.trainer.estimated_stepping_batches, self.trainer.max_epochs or 0
-            total = epochs if interval == "epoch" and epochs > 0 else steps
-            if total == float("inf"):
-                raise UsageError("the schedule spans the whole fit, which has no end: give max_epochs or max_steps")
-            length = {"total": int(total)}
-        rehearse(lambda stand_in: self.lr_scheduler_factory(stand_in, **length), optimizer)  # type: ignore[misc]
-        scheduler = self.lr_scheduler_factory(optimizer, **length)
-        config = {"scheduler": scheduler, "interval": getattr(scheduler, "interval", "epoch")}
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            config["monitor"] = getattr(scheduler, "monitor", "val_loss")
-            config["frequency"] = (
-                self.trainer.check_val_every_n_epoch or 1 if config["monitor"].startswith("val_") else 1
-            )
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        return scheduled(self, self.lr_scheduler_factory, optimizer)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):  # which steps by the epoch's metrics, below
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        step_plateaus(self)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """`DaleProjection`, and `FisherMonitor` for measured factors, unless the Trainer has them already."""
@@ -97,16 +89,21 @@ class DaleLightningModule(pl.LightningModule):
         return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in present)]
 
     def on_fit_start(self) -> None:
-        """Refuse signed layers without a projection; tell the loggers what is trained: class, seed and arguments."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(dale_layers(self)) and not any(isinstance(callback, DaleProjection) for callback in callbacks):
-            raise UsageError(
-                f"nothing would project the signed weights of {type(self).__name__}: its configure_callbacks must "
-                "return those of super() too"
-            )
+        """Tell the loggers what is trained: class, seed and arguments."""
         described = {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.hparams}
         for logger in self.loggers:
             logger.log_hyperparams({"seed": os.environ.get("PL_GLOBAL_SEED"), **described})
+
+    def on_train_start(self) -> None:
+        """Refuse to train signed layers that nothing projects."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        projected = any(isinstance(callback, DaleProjection) for callback in callbacks)
+        if callbacks and not projected and any(dale_layers(self)):  # a search for a batch size has none, and undoes all
+            raise UsageError(
+                f"nothing would project the signed weights of {type(self).__name__}: its configure_callbacks must "
+                "return those of super() too. (The Tuner's lr_find sets callbacks aside: search rates with "
+                "python -m lightning_danns.sweep)"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep arguments as plain values, those too that a subclass has saved itself."""

@@ -93,6 +93,7 @@ class ColumnEIMLP(ImageClassifier):
             self._centre_(pixel_mean)
 
     def on_train_start(self) -> None:  # not earlier, because all strategies have restored a checkpoint only here
+        super().on_train_start()
         if self.centred:
             return
         bias = self._first.b

@@ -99,7 +99,7 @@ class Task(DaleLightningModule):
         name = f"of_{stage}"  # a ModuleDict has an attribute train
         if name not in self.metrics:
             (template,) = self.template
-            scores = MetricCollection(copy.deepcopy(template)) if template else _NoScores()
+            scores = MetricCollection(dict(copy.deepcopy(template))) if template else _NoScores()
             # a loss of NaN is logged as NaN; looking for it would stop a GPU at each step
             counts = nn.ModuleDict({"loss": MeanMetric(nan_strategy="disable"), "scores": scores})
             self.metrics[name] = counts.to(self.device)
@@ -121,6 +121,7 @@ class Task(DaleLightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch(["train"])
+        super().on_train_epoch_end()
 
     def on_validation_epoch_end(self) -> None:
         loaders = self.trainer.val_dataloaders

@@ -1,7 +1,14 @@
 """Learning rates of signed networks, in plain torch."""
 
 from lightning_danns.optim.corrections import Correction, correction_of, factors_of, fisher, measured, none
-from lightning_danns.optim.fisher import fisher_ratios, mean_squared_gradients, measured_factors
+from lightning_danns.optim.fisher import (
+    Likelihood,
+    categorical,
+    fisher_ratios,
+    mean_squared_gradients,
+    measured_factors,
+    reference_parameter,
+)
 from lightning_danns.optim.groups import (
     change_factors_,
     fisher_optimizer,
@@ -16,8 +23,10 @@ from lightning_danns.optim.steps import check_cosine_rule, clip_layers_, limit_c
 __all__ = [
     "Correction",
     "DiagonalNGD",
+    "Likelihood",
     "Sequential",
     "WarmupCosine",
+    "categorical",
     "change_factors_",
     "check_cosine_rule",
     "clip_layers_",
@@ -33,6 +42,7 @@ __all__ = [
     "measured",
     "measured_factors",
     "none",
+    "reference_parameter",
     "rehearse",
     "require_factors",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
-from lightning_danns.optim.fisher import mean_squared_gradients
+from lightning_danns.optim.fisher import Likelihood, categorical, mean_squared_gradients
 from lightning_danns.optim.groups import group_of_parameters
 
 
@@ -18,9 +18,9 @@ class DiagonalNGD(Optimizer):
     For every parameter, with the gradient g of each sample's loss for a label drawn from the network's own softmax:
 
         F    <- (1 - decay) F + decay * fisher_scale * mean over the batch of g^2     (the first F: fisher_scale * mean)
-        step  = gradient / (F + eps), divided for a whole layer by | 1 / (F + eps) | of the layer's first parameter
+        step  = gradient / (F + eps), divided for a whole layer by | 1 / (F + eps) | of the layer's reference parameter
 
-    The first parameter of a DANN layer is ``Wex``, of an `nn.Linear` its weight. Call `update_fisher` on each batch
+    The reference of a DANN layer is ``Wex``, of an `nn.Linear` its weight (`reference_parameter`). Call `update_fisher` on each batch
     before its step; `ImageClassifier` does. Like gradients, batches accumulate until the step, which takes them into
     F as one. The running F is part of ``state_dict``. In several processes, F is the mean over all of them.
 
@@ -71,16 +71,23 @@ class DiagonalNGD(Optimizer):
         self._squares: dict[nn.Parameter, Tensor] = {}  # summed over the samples since the last step
         self._samples = 0
 
-    def update_fisher(self, network: nn.Module, images: Tensor, generator: torch.Generator | None = None) -> None:
+    def update_fisher(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        likelihood: Likelihood = categorical,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Add the squared gradients of ``network`` on ``images`` to those that the next step takes into F.
 
         Args:
             network: maps images (N, ...) to logits (N, classes).
             images: the batch, or a part of it, whose gradient the step will use.
+            likelihood: p(y | x) by the network's outputs; classes by their logits if not given.
             generator: draws the labels; torch's default if not given.
         """
         self._layers = self._trained_layers(network)
-        for parameter, square in mean_squared_gradients(network, images, generator).items():
+        for parameter, square in mean_squared_gradients(network, images, generator, likelihood).items():
             self._squares[parameter] = self._squares.get(parameter, 0) + len(images) * square
         self._samples += len(images)
 
@@ -89,15 +96,17 @@ class DiagonalNGD(Optimizer):
         ours = {parameter for parameter in group_of_parameters(self) if parameter.requires_grad}
         layers = []
         for name, module in network.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            trained = [parameter for parameter in own.values() if parameter in ours]
-            if trained and next(iter(own.values())) not in ours:
+            own = {parameter: own_name for own_name, parameter in module.named_parameters(recurse=False)}
+            trained = [parameter for parameter in own if parameter in ours]
+            if not trained:
+                continue
+            reference = reference_parameter(module)
+            if reference not in ours:
                 raise UsageError(
-                    f"layer {name!r}: the Fisher information of its {next(iter(own))!r} normalises the step of all its "
+                    f"layer {name!r}: the Fisher information of its {own[reference]!r} normalises the step of all its "
                     "parameters, but it is frozen or not in the optimizer: train it too, or freeze the whole layer"
                 )
-            if trained:
-                layers.append(trained)
+            layers.append([reference, *(parameter for parameter in trained if parameter is not reference)])
         return layers
 
     @torch.no_grad()

@@ -1,9 +1,12 @@
 """Which tensors of a forward pass cannot be negative, whatever the weights: a proof that follows the operations."""
 
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Private, because a proof must see every operation: torch has no public way to follow them through any control flow.
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,10 +36,13 @@ class NonNegativity(TorchDispatchMode):
     Args:
         inputs: tensors, of which those without a negative value are taken as never negative.
 
+    Attributes:
+        reads: how many operations have read the memory at an `address`.
+
     Example:
         >>> x = torch.rand(3)
         >>> with NonNegativity(x) as known:
-        ...     pooled, shifted = x.relu().view(1, 3).mean(), x - 0.0
+        ...     pooled, shifted = x.relu().view(1, 3).mean(), (x - 0.0).mean()
         >>> known.origin(pooled), known.origin(shifted)
         (None, 'sub')
     """
@@ -45,12 +51,12 @@ class NonNegativity(TorchDispatchMode):
         super().__init__()
         # by address of memory: what is known of it, and the memory itself, so that no address is used again
         self._known: dict[int, tuple[str | None, torch.dtype, Any]] = {}
-        self.read: set[int] = set()
+        self.reads: Counter[int] = Counter()
         for x in inputs:
             self._note(x, None if bool((x >= 0).all()) else "the input")
 
     def origin(self, tensor: Tensor) -> str | None:
-        """None if ``tensor`` cannot be negative; otherwise the operation that gives no such guarantee."""
+        """None if ``tensor`` cannot be negative; otherwise the last operation that no rule above covers."""
         origin, dtype, _ = self._known.get(address(tensor), ("a parameter or constant", tensor.dtype, None))
         return f"a view as {tensor.dtype}" if origin is None and dtype != tensor.dtype else origin
 
@@ -59,8 +65,8 @@ class NonNegativity(TorchDispatchMode):
         name = func.overloadpacket.__name__
         name = name.rstrip("_") or name
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.read.update(map(address, tensors))
-        origin = None if self._guarantees(name, tensors, args, kwargs) else name
+        self.reads.update({address(tensor) for tensor in tensors})
+        origin = self._origin(name, tensors, args, kwargs)
         given = {address(tensor) for tensor in tensors}
         written = [
             (args[k] if k < len(args) else kwargs.get(argument.name))
@@ -83,13 +89,18 @@ class NonNegativity(TorchDispatchMode):
         known = origin if exact else f"{tensor.dtype}"
         self._known[address(tensor)] = (known, tensor.dtype, tensor.untyped_storage())
 
-    def _guarantees(self, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> bool:
+    def _origin(self, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> str | None:
+        """What `origin` says of the result of an operation."""
+        positive = all(number >= 0 for number in (*args, *kwargs.values()) if isinstance(number, int | float))
+        if name in OF_TENSORS or (name in OF_TENSORS_AND_NUMBERS and positive):
+            return next((origin for tensor in tensors if (origin := self.origin(tensor)) is not None), None)
+        return None if self._guarantees(name, args, kwargs) else name
+
+    def _guarantees(self, name: str, args: Any, kwargs: Any) -> bool:
+        """Whether the operation's result is >= 0 for any tensors."""
         numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int | float)]
         if name in ALWAYS:
             return True
-        if name in OF_TENSORS | OF_TENSORS_AND_NUMBERS:
-            signs = name in OF_TENSORS or all(number >= 0 for number in numbers)
-            return signs and all(self.origin(tensor) is None for tensor in tensors)
         if name in ("clamp", "clamp_min", "hardtanh"):  # relu6 is hardtanh from 0 to 6
             low = args[1] if len(args) > 1 else kwargs.get("min")
             return isinstance(low, int | float) and all(number >= 0 for number in numbers)

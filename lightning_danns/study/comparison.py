@@ -1,0 +1,93 @@
+"""Several configs over several seeds, a folder for each run: ``python -m lightning_danns.compare --help``.
+
+What is done is told by the run folders alone: the same command goes on after whatever ended it.
+"""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from lightning_danns.errors import UsageError
+from lightning_danns.study import queue
+from lightning_danns.study.settings import differences, finished, parse, read_yaml, result_of, settings_of, user_path
+
+
+class Run(NamedTuple):
+    """One fit: its folder, the arguments of ``fit`` and all settings that they amount to."""
+
+    folder: Path
+    args: list[str]
+    settings: dict[str, Any]
+
+    def finished(self) -> bool:
+        return finished(result_of(self.folder), self.settings["trainer"]["max_epochs"])
+
+    def refuse_changed(self) -> None:
+        """An earlier part of this run must have been trained with the same settings, but for a lower max_epochs."""
+        earlier = read_yaml(self.folder / "config.yaml") if (self.folder / "config.yaml").exists() else self.settings
+        for name, was, now in differences(earlier, self.settings):
+            if name != "trainer.max_epochs" or was in (None, -1) or 0 <= (-1 if now is None else now) < was:
+                raise UsageError(f"{self.folder} was trained with {name}={was}, not {now}: give another --folder")
+
+
+def plan(configs: Sequence[Path], seeds: Sequence[int], folder: Path, fit_args: Sequence[str]) -> dict[str, Run]:
+    """The runs by name, seed by seed, so that an unfinished comparison has all arms."""
+    arms: dict[str, list[str]] = {}
+    for config in configs:
+        if not config.is_file():
+            raise UsageError(f"config {config} does not exist (configs come first, then the options)")
+        if config.stem in arms:
+            raise UsageError(f"{config}: another config would have the same folder, {folder / config.stem}")
+        arms[config.stem] = [f"--config={config}", *fit_args]
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {' '.join(map(str, seeds))}: each must be there once")
+    settings = {arm: settings_of(args) for arm, args in arms.items()}
+    of_seed = {seed: {"seed_everything": seed} for seed in seeds}
+    return {
+        f"{arm}/seed_{k}": Run(folder / arm / f"seed_{k}", [*arms[arm], f"--seed_everything={k}"], settings[arm] | seed)
+        for k, seed in of_seed.items()
+        for arm in arms
+    }
+
+
+def main(args: Sequence[str]) -> int:
+    """Train what is left of the comparison; returns the exit status: 1 if a run failed."""
+    about = (
+        "Trains each config with each seed, in FOLDER/CONFIG/seed_N. Finished runs are skipped, unfinished ones go on. "
+        "Options that are not listed here are those of fit (--trainer.max_epochs, ...), for all runs."
+    )
+    parser = ArgumentParser("python -m lightning_danns.compare", description=about, allow_abbrev=False)
+    parser.add_argument("configs", nargs="+", type=user_path, help="config files; their names are those of the arms")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of all configs (default: 0)")
+    parser.add_argument("--folder", type=user_path, required=True, help="of all runs, e.g. runs/mnist")
+    options, rest = parse(parser, args, given=("--seed_everything", "--config"))
+    runs = plan(options.configs, options.seeds, options.folder, rest)
+    for run in runs.values():
+        run.refuse_changed()
+    left = {name: run.args for name, run in runs.items() if not run.finished()}
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
+    if not left:
+        return 0
+    storage = queue.open_storage(options.folder, options.storage)
+    name = str(options.folder) if options.storage else "compare"
+    study = optuna.create_study(study_name=name, storage=storage, load_if_exists=True)
+
+    def train(trial: Trial) -> float:
+        name = trial.user_attrs["run"]  # which may be of another command on the same folder
+        queue.fit(left.get(name, trial.user_attrs["args"]), options.folder / name)
+        return float(result_of(options.folder / name).get("best") or 0)  # to be shown; what is done, the folder tells
+
+    queue.fill(study, left, again=True)
+    if options.jobs > 1:
+        return queue.several("compare", args, options.jobs)
+    queue.work(study, train)
+    elsewhere = queue.names(study, TrialState.RUNNING)
+    failed = [name for name, run in runs.items() if not run.finished() and name not in elsewhere]
+    if failed:
+        print(f"not finished, see log.txt of each: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0

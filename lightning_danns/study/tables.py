@@ -1,0 +1,75 @@
+"""What a run's task is judged by, over its last epochs: of each run, and of each arm with an interval over seeds."""
+
+import math
+import re
+import zlib
+from typing import Any
+
+import pandas as pd
+from scipy.stats import t
+
+
+def run_values(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
+    """A row for each finished run that is no trial: its value, the mean over its last epochs, and of which metric.
+
+    The metric is the test data's, each epoch's or else one checkpoint's, if there is any, or else the monitored one.
+    """
+    columns = ["data", "metric", "mode", "arm", "seed", "lr", "value", "epochs", "diverged", "folder"]
+    rows = []
+    for _, run in runs[runs.finished & ~runs.trial].groupby("folder", sort=False) if len(runs) else ():
+        first, end = run.iloc[0].to_dict(), run[run.epoch > run.epoch.max() - last]
+        quantity = first["monitor"].partition("_")[2]
+        for metric in (f"test_{quantity}", f"checkpoint_test_{quantity}", first["monitor"]):
+            if metric in end and end[metric].notna().any():
+                rows.append(first | {"metric": metric, "value": end[metric].mean(), "epochs": end.epoch.max() + 1})
+                break
+    return pd.DataFrame(rows, columns=columns)
+
+
+def table(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
+    """A row for each data set, metric and arm, the best first in each.
+
+    ``value``: mean over the seeds of each seed's mean over the ``last`` epochs; ``low, high``: its 95 % interval, by
+    Student's t over the seeds (none of one seed); ``epochs``: how many were trained; ``diverged``: so many runs did.
+    """
+    arms = run_values(runs, last).groupby(["data", "metric", "mode", "arm"], as_index=False)
+    told: Any = {name: (name, how) for name, how in (("lr", "first"), ("epochs", "min"), ("diverged", "sum"))}
+    rows = arms.agg(runs=("value", "size"), value=("value", "mean"), std=("value", "std"), **told)
+    half = t.ppf(0.975, rows.runs - 1) * rows["std"] / rows.runs.map(math.sqrt)  # NaN of one run
+    rows = rows.assign(low=rows.value - half, high=rows.value + half, order=rows.value)
+    rows.loc[rows["mode"] == "max", "order"] *= -1
+    rows = rows.sort_values(["data", "metric", "order"], ignore_index=True)
+    return rows[["data", "metric", "mode", "arm", "runs", "value", "low", "high", "lr", "epochs", "diverged"]]
+
+
+def markdown(rows: pd.DataFrame) -> str:
+    """Rows of `table` as a Markdown table; a dash where there is no number."""
+    head = f"| arm | runs | {cell(rows.metric.iloc[0])} | 95 % interval | learning rate | epochs | diverged |"
+    lines = [head, "|---" + 6 * "|--:" + "|"]
+    for row in rows.itertuples():
+        interval = f"{row.low:.4f} to {row.high:.4f}" if row.runs > 1 else "-"
+        rate = "-" if pd.isna(row.lr) else f"{row.lr:.4g}"
+        ends = f"{rate} | {row.epochs} | {row.diverged or '-'}"
+        lines.append(f"| {cell(row.arm)} | {row.runs} | {row.value:.4f} | {interval} | {ends} |")
+    return "\n".join(lines)
+
+
+def cell(name: object) -> str:
+    """A name that anybody may have chosen, in a line of Markdown or a cell of a table."""
+    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", _short(name))
+
+
+def label(name: object) -> str:
+    """A name in a figure, whose font has Latin and Greek letters, and for which ``$`` begins a formula."""
+    return re.sub(r"[^ -~\xa1-\u024f\u0370-\u03ff]", lambda m: ascii(m[0])[1:-1], _short(name)).replace("$", r"\$")
+
+
+def file_name(name: str) -> str:
+    """The name of a file: of differing names, differing ones."""
+    plain = re.sub(r"[^a-z0-9.+-]+", "_", name.lower()).strip("_")
+    return plain if plain == name and len(name) < 80 else f"{plain[:80]}_{zlib.crc32(name.encode()):08x}"
+
+
+def _short(name: object) -> str:
+    line = " ".join(str(name).split())
+    return line if len(line) <= 80 else f"{line[:68]}... {zlib.crc32(line.encode()):08x}"
