@@ -76,8 +76,8 @@ class DiagonalNGD(Optimizer):
         self,
         network: nn.Module,
         images: Tensor,
-        likelihood: Likelihood = categorical,
         generator: torch.Generator | None = None,
+        likelihood: Likelihood = categorical,
     ) -> None:
         """Add the squared gradients of ``network`` on ``images`` to those that the next step takes into F.
 
