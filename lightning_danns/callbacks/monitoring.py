@@ -252,7 +252,7 @@ class FisherMonitor(pl.Callback):
         logged = {f"network.{layer}/fisher_{kind}": ratios[layer][kind] for layer, kind in names}
         for logger in trainer.loggers:
             logger.log_metrics({**logged, "epoch": epoch}, trainer.global_step)
-        if getattr(pl_module, "correction", None) == "measured":
+        if getattr(pl_module, "correction", None) is measured:
             factors = {f"network.{name}": factor for name, factor in measured_factors(network, ratios).items()}
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             for optimizer in trainer.optimizers:

@@ -127,12 +127,18 @@ class DaleProjection(pl.Callback):
     def _refuse_start(self, pl_module: pl.LightningModule) -> None:
         _refuse(self.violations(pl_module), _START)
         lost = imbalances(pl_module)
-        if lost:
+        if any(worst > ROUNDING for worst in lost.values()):
             listing = ", ".join(f"{name} (up to {worst:.2g} of a unit's excitation)" for name, worst in lost.items())
             raise UsageError(
                 f"these layers are balanced, but their starting weights are not: {listing}. Apply "
                 "lightning_danns.project_(model), which balances them, or make them with balanced=False"
             )
+        if lost:  # by rounding, where weights were made in another precision
+            self.project(pl_module)
+
+
+ROUNDING = 1e-3
+"""Imbalance that another precision of the weights explains; more is refused when a fit starts."""
 
 
 def _refuse(violations: dict[str, float], message: str) -> None:

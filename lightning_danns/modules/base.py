@@ -1,5 +1,6 @@
 """Any network under Dale's principle as a LightningModule: parameter groups, projection, plain arguments. No task."""
 
+import inspect
 import os
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_danns.callbacks import DaleProjection, FisherMonitor
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
-from lightning_danns.modules.arguments import accepts, made_of, plain, restored
+from lightning_danns.modules.arguments import accepts, imported, made_of, plain, restored
 from lightning_danns.modules.resume import ANEW, refuse_other_network, refuse_other_optimizer
 from lightning_danns.modules.schedule import scheduled, step_plateaus
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
@@ -51,13 +52,16 @@ class DaleLightningModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
+        default = inspect.signature(DaleLightningModule).parameters["optimizer"].default
         for name, value in list(self.hparams.items()):
-            if accepts(type(self), name):
+            if accepts(type(self), name) and value is not default:
                 self.hparams[name] = plain(value)
-            else:  # a subclass passes it on by itself, and could not be made with it
+            else:  # a subclass passes it on by itself, and could not be made with it; or it needs not be given
                 del self.hparams[name]
         self.optimizer_factory = made_of(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
         self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")
+        if isinstance(correction, str) and "." in correction:
+            correction = imported(correction)
         self.correction = correction_of(restored(correction))
         self.rates, self.weight_decay = rates, weight_decay
 

@@ -70,7 +70,7 @@ class Task(DaleLightningModule):
         loss = self._counted(batch, batch_idx, "train")
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "update_fisher"):  # DiagonalNGD, and others that learn from per-sample gradients
-                optimizer.update_fisher(self.network, batch[0], self.likelihood)
+                optimizer.update_fisher(self.network, batch[0], likelihood=self.likelihood)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
-from lightning_danns.optim.fisher import Likelihood, categorical, mean_squared_gradients
+from lightning_danns.optim.fisher import Likelihood, categorical, mean_squared_gradients, reference_parameter
 from lightning_danns.optim.groups import group_of_parameters
 
 
@@ -20,9 +20,10 @@ class DiagonalNGD(Optimizer):
         F    <- (1 - decay) F + decay * fisher_scale * mean over the batch of g^2     (the first F: fisher_scale * mean)
         step  = gradient / (F + eps), divided for a whole layer by | 1 / (F + eps) | of the layer's reference parameter
 
-    The reference of a DANN layer is ``Wex``, of an `nn.Linear` its weight (`reference_parameter`). Call `update_fisher` on each batch
-    before its step; `ImageClassifier` does. Like gradients, batches accumulate until the step, which takes them into
-    F as one. The running F is part of ``state_dict``. In several processes, F is the mean over all of them.
+    The reference of a DANN layer is ``Wex``, of an `nn.Linear` its weight (`reference_parameter`). Call
+    `update_fisher` on each batch before its step; a `Task` does. Like gradients, batches accumulate until the step,
+    which takes them into F as one. The running F is part of ``state_dict``. In several processes, F is the mean over
+    all of them.
 
     It replaces the Fisher factors of parameter groups and refuses them: use ``correction="none"``.
 
@@ -75,8 +76,8 @@ class DiagonalNGD(Optimizer):
         self,
         network: nn.Module,
         images: Tensor,
-        likelihood: Likelihood = categorical,
         generator: torch.Generator | None = None,
+        likelihood: Likelihood = categorical,
     ) -> None:
         """Add the squared gradients of ``network`` on ``images`` to those that the next step takes into F.
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 
 from lightning_danns.atomic import replacing
@@ -299,7 +300,7 @@ class ReplicatedClassifier(ImageClassifier):
         optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
         if hasattr(optimizer, "update_fisher"):
             raise UsageError(f"{type(optimizer).__name__} estimates the Fisher information of one network, not of many")
-        if isinstance(configured, dict) and "monitor" in configured["lr_scheduler"]:
+        if isinstance(configured, dict) and isinstance(configured["lr_scheduler"]["scheduler"], ReduceLROnPlateau):
             raise UsageError("ReduceLROnPlateau follows one validation loss, and would tie the replicas to each other")
         return configured
 
