@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning_danns.run_folder as folders
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
+import lightning_danns.cli.run_folder as folders
 from lightning_danns import DANNMLP, DaleDiagnostics, DANNLinear, MNISTDataModule, UsageError, project_
 from lightning_danns.analysis.diagnostics import effective_rank
 from lightning_danns.layers import sign_violations
@@ -216,7 +216,7 @@ def test_processes_without_a_common_name_are_refused(monkeypatch):
 )
 def test_real_launchers_start_one_run_and_end_it_when_a_process_dies(folder, launcher):
     def run(*args):
-        script = Path(cli.__file__).parent.parent / "train.py"
+        script = Path(__file__).parents[1] / "train.py"
         return subprocess.run(
             [
                 *launcher, script, "fit", "--data=MNISTDataModule", "--data.data_dir=.", "--data.val_size=17",

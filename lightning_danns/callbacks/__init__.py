@@ -1,5 +1,6 @@
 """What acts and watches while a Trainer runs."""
 
+from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
 from lightning_danns.callbacks.projection import DaleProjection
 from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping, Unfreeze
@@ -11,4 +12,6 @@ __all__ = [
     "FisherMonitor",
     "LayerGradientClipping",
     "Unfreeze",
+    "refuse_conflicts",
+    "refuse_unlogged",
 ]

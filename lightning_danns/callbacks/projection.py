@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_danns.callbacks.conflicts import refuse_frozen_by_finetuning, refuse_groups_without_factors
 from lightning_danns.errors import DivergedError, UsageError
 from lightning_danns.layers import imbalances, project_, refuse_negative_inputs, sign_violations
 from lightning_danns.optim import require_factors
@@ -60,6 +61,7 @@ class DaleProjection(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_start(pl_module)  # again: sharded strategies restore a checkpoint only after on_fit_start
+        refuse_frozen_by_finetuning(pl_module, trainer.callbacks)  # type: ignore[attr-defined]
         for optimizer in trainer.optimizers:
             self._hook(optimizer, pl_module)
         self._check_inputs(pl_module)
@@ -75,6 +77,7 @@ class DaleProjection(pl.Callback):
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # catches whatever sets rates from outside: averaging, finetuning, the Tuner, own callbacks
+            refuse_groups_without_factors(optimizer, pl_module)
             require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

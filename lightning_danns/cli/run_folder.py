@@ -55,14 +55,14 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
-def keep_earlier(path: Path) -> Path | None:
+def keep_earlier(path: Path) -> None:
     """Give a log of an earlier start in the same folder another name, because the logger would wipe it."""
     if not path.exists() or not is_rank_zero():
-        return None
+        return
     number = 1
     while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
-    return path.rename(earlier)
+    path.rename(earlier)
 
 
 class _Late:
@@ -88,8 +88,16 @@ class _Late:
         else:
             self._waiting.append(args)
 
+    def save(self) -> None:
+        if self.begun:
+            super().save()  # type: ignore[misc]
 
-class LateCSVLogger(_Late, CSVLogger): ...
+
+class LateCSVLogger(_Late, CSVLogger):
+    def begin(self) -> None:
+        if not self.begun:
+            keep_earlier(Path(self.log_dir) / "metrics.csv")
+        super().begin()
 
 
 class LateTensorBoardLogger(_Late, TensorBoardLogger): ...
@@ -139,7 +147,9 @@ class RunRecord(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to wait for what no validation logs; if there is a sanity check, before training starts."""
         logged = trainer.callback_metrics
-        for callback in trainer.callbacks if trainer.state.fn == "fit" else []:  # type: ignore[attr-defined]
+        if trainer.state.fn != "fit" or not any(name.startswith("val") for name in logged):
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = str(getattr(callback, "monitor", ""))
             if monitor.startswith("val") and monitor not in logged:
                 known = ", ".join(sorted(logged))

@@ -10,7 +10,7 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_danns.callbacks import DaleProjection, FisherMonitor
+from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_conflicts, refuse_unlogged
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
 from lightning_danns.modules.arguments import accepts, imported, made_of, plain, restored
@@ -85,15 +85,24 @@ class DaleLightningModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         step_plateaus(self)
+        refuse_unlogged(self.trainer)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """`DaleProjection`, and `FisherMonitor` for measured factors, unless the Trainer has them already."""
         wanted = [DaleProjection, *([FisherMonitor] if self.correction is measured else [])]
         present = self.trainer.callbacks  # type: ignore[attr-defined]
+        refuse_conflicts(self, present)
         return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in present)]
 
     def on_fit_start(self) -> None:
         """Tell the loggers what is trained: class, seed and arguments."""
+        compiled = next((name for name in self.state_dict() if "_orig_mod." in name), None)
+        if compiled is not None:
+            path = compiled.partition("._orig_mod.")[0]
+            raise UsageError(
+                f"torch.compile(self.{path}) would be saved as {compiled}, which does not reload: compile it in place, "
+                f"self.{path}.compile()"
+            )
         described = {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.hparams}
         for logger in self.loggers:
             logger.log_hyperparams({"seed": os.environ.get("PL_GLOBAL_SEED"), **described})
@@ -105,8 +114,7 @@ class DaleLightningModule(pl.LightningModule):
         if callbacks and not projected and any(dale_layers(self)):  # a search for a batch size has none, and undoes all
             raise UsageError(
                 f"nothing would project the signed weights of {type(self).__name__}: its configure_callbacks must "
-                "return those of super() too. (The Tuner's lr_find sets callbacks aside: search rates with "
-                "python -m lightning_danns.sweep)"
+                "return those of super() too"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 
 from lightning_danns.atomic import replacing
-from lightning_danns.callbacks import DaleDiagnostics, DaleProjection
+from lightning_danns.callbacks import DaleDiagnostics, DaleProjection, refuse_conflicts
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import restored
 from lightning_danns.modules.tasks import ImageClassifier
@@ -307,6 +307,7 @@ class ReplicatedClassifier(ImageClassifier):
     def configure_callbacks(self) -> list[pl.Callback]:
         """`ReplicaProjection` instead of `DaleProjection`, and `ReplicaCheckpoint` where the Trainer writes."""
         present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        refuse_conflicts(self, present)
         projected = any(isinstance(c, DaleProjection) and type(c) is not DaleProjection for c in present)
         writes = self.trainer.checkpoint_callbacks or (self.trainer.testing and self.trainer.loggers)
         saved = any(isinstance(c, ReplicaCheckpoint) for c in present) or not writes
