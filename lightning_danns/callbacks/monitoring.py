@@ -19,7 +19,7 @@ from lightning_danns.analysis.diagnostics import (
 )
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import DaleModule, dale_layers, unobservable
-from lightning_danns.optim import Likelihood, categorical, change_factors_, fisher_ratios, measured_factors
+from lightning_danns.optim import Likelihood, categorical, change_factors_, fisher_ratios, measured, measured_factors
 
 
 class DaleDiagnostics(pl.Callback):
@@ -240,9 +240,9 @@ class FisherMonitor(pl.Callback):
         inputs = batch if isinstance(batch, Tensor) else batch[0]
         generator = torch.Generator(inputs.device).manual_seed(epoch)  # not torch's, which training draws from
         likelihood: Likelihood = getattr(pl_module, "likelihood", categorical)
-        measured = fisher_ratios(network, inputs, generator, likelihood)
-        names = [(layer, kind) for layer, kinds in measured.items() for kind in kinds]
-        local = torch.tensor([measured[layer][kind] for layer, kind in names], device=inputs.device)
+        found = fisher_ratios(network, inputs, generator, likelihood)
+        names = [(layer, kind) for layer, kinds in found.items() for kind in kinds]
+        local = torch.tensor([found[layer][kind] for layer, kind in names], device=inputs.device)
         values: Any = trainer.strategy.reduce(local, reduce_op="mean")  # over all processes
         ratios: dict[str, dict[str, float]] = {}
         for (layer, kind), value in zip(names, values.tolist(), strict=True):

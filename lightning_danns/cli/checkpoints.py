@@ -144,13 +144,13 @@ class LastCheckpoint(Checkpoint):
             signal.signal(signal.SIGUSR1, self._note_signal)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        # not after an epoch's last batch: a fit resumed from there would skip the validation of that epoch
-        if not trainer.is_last_batch:
-            ends = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
-            steps = trainer.global_step - self._saved_step
-            if ends or 0 < self.every_n_train_steps <= steps or self._overdue(trainer):
-                self._ended_within_epoch = ends
-                self._save(trainer)
+        if trainer.is_last_batch:  # a fit resumed from there would skip the validation of that epoch
+            return
+        ends = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+        steps = trainer.global_step - self._saved_step
+        if ends or 0 < self.every_n_train_steps <= steps or self._overdue(trainer):
+            self._ended_within_epoch = ends
+            self._save(trainer)
         if self._requeue and trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
             requeue, self._requeue = self._requeue, None
             requeue(signal.SIGUSR1, None)

@@ -20,7 +20,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_danns import modules  # imported so that their classes answer to their short names
+import lightning_danns
+from lightning_danns import modules
 from lightning_danns.cli.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, monitored
 from lightning_danns.cli.parser import COMMAND, Parser, few_lines, refuse_inherited, refuse_option
 from lightning_danns.cli.run_folder import (
@@ -301,6 +302,8 @@ def main(args: ArgsType = None, callbacks: Sequence[pl.Callback] = ()) -> CLI:
     Raises:
         SystemExit: with status 2 and a few lines of text, for a user's mistake.
     """
+    for name in lightning_danns.__all__:  # imported so that their classes answer to their short names
+        getattr(lightning_danns, name)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # where --model my_file.MyModel is looked for
     try:

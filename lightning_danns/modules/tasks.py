@@ -67,23 +67,24 @@ class Task(DaleLightningModule):
         """Refuse a batch that would train to wrong numbers; asked for the first of every epoch and loader."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._counted(batch, batch_idx, "train")
+        loss = self.counted(batch, batch_idx, "train")
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "update_fisher"):  # DiagonalNGD, and others that learn from per-sample gradients
                 optimizer.update_fisher(self.network, batch[0], likelihood=self.likelihood)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._counted(batch, batch_idx, self._stage("val", self.trainer.val_dataloaders, dataloader_idx))
+        self.counted(batch, batch_idx, self._stage("val", self.trainer.val_dataloaders, dataloader_idx))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._counted(batch, batch_idx, self._stage("test", self.trainer.test_dataloaders, dataloader_idx))
+        self.counted(batch, batch_idx, self._stage("test", self.trainer.test_dataloaders, dataloader_idx))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Outputs for the inputs of a batch."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def _counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+    def counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+        """Loss of one batch, counted into the metrics of ``stage``; the first batch of an epoch starts them anew."""
         of_stage = self.metrics_of(stage)
         if batch_idx == 0:
             self.check(batch)
@@ -111,25 +112,35 @@ class Task(DaleLightningModule):
             return str(list(loaders)[index])
         return f"{stage}_{index}" if index else stage
 
-    def _log_epoch(self, stages: Sequence[str]) -> None:
+    def log_epoch(self, stages: Sequence[str]) -> None:
+        """Log what the metrics of ``stages`` have counted in an epoch."""
         for stage in stages:
-            of_stage = self.metrics_of(stage)
-            for place, metric in of_stage.named_modules():  # Lightning looks for metrics of its own accord only once
-                if isinstance(metric, Metric):
-                    name = f"{stage}_{place.rpartition('.')[2]}"
-                    self.log(name, metric, prog_bar=True, metric_attribute=f"metrics.of_{stage}.{place}")
+            for name, (place, metric) in self._logged(stage).items():  # Lightning looks for metrics itself only once
+                attribute = f"metrics.of_{stage}.{place}"
+                self.log(name, metric, prog_bar=True, logger=stage != "train", metric_attribute=attribute)
+
+    def _logged(self, stage: str) -> dict[str, tuple[str, Metric]]:
+        """By the name that it is logged under, the place of each metric in those of ``stage``, and itself."""
+        modules = self.metrics_of(stage).named_modules()
+        found = {place: metric for place, metric in modules if isinstance(metric, Metric)}
+        return {f"{stage}_{place.rpartition('.')[2]}": (place, metric) for place, metric in found.items()}
 
     def on_train_epoch_end(self) -> None:
-        self._log_epoch(["train"])
+        self.log_epoch(["train"])
+        # written here, because Lightning does it after the epoch's checkpoint: a run killed in between would lack a row
+        row = {name: float(metric.compute()) for name, (_, metric) in self._logged("train").items()}
+        for logger in self.loggers:
+            logger.log_metrics({**row, "epoch": self.current_epoch}, self.global_step - 1)
+            logger.save()
         super().on_train_epoch_end()
 
     def on_validation_epoch_end(self) -> None:
         loaders = self.trainer.val_dataloaders
-        self._log_epoch([self._stage("val", loaders, k) for k in range(_count(loaders))])
+        self.log_epoch([self._stage("val", loaders, k) for k in range(_count(loaders))])
 
     def on_test_epoch_end(self) -> None:
         loaders = self.trainer.test_dataloaders
-        self._log_epoch([self._stage("test", loaders, k) for k in range(_count(loaders))])
+        self.log_epoch([self._stage("test", loaders, k) for k in range(_count(loaders))])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the metrics of a training epoch have counted so far, in all processes."""

@@ -194,7 +194,7 @@ class ReplicatedClassifier(ImageClassifier):
         for module, training in modes:
             module.training = training
 
-    def _counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+    def counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
         if batch_idx == 0:
             self.check(batch)
             self._uncounted[stage] = []
@@ -218,7 +218,7 @@ class ReplicatedClassifier(ImageClassifier):
             replica.metrics_of(stage)["loss"].update(losses[:, k], sizes)
             replica.metrics_of(stage)["scores"].update(outputs[k], targets[k])
 
-    def _log_epoch(self, stages: Sequence[str]) -> None:
+    def log_epoch(self, stages: Sequence[str]) -> None:
         for stage in stages:
             self._count(stage)
             for place, mean in self.metrics_of(stage).named_modules():
@@ -231,7 +231,7 @@ class ReplicatedClassifier(ImageClassifier):
                     self.log_dict({f"{name}/{k}": value for k, value in enumerate(values)})
                     if not self.trainer.sanity_checking:
                         self._newest[name] = values.tolist()
-        super()._log_epoch(stages)
+        super().log_epoch(stages)
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
