@@ -108,7 +108,7 @@ def test_a_run_ends_when_a_process_dies_and_goes_on_exactly(folder, how, rank):
     statuses = wait(start(interrupted, 2), timeout=60)
     assert statuses[rank] == (-9 if how == "killed" else 1)
     assert statuses[1 - rank] != 0
-    assert torch.load("run/checkpoints/last.ckpt")["global_step"] == 6  # in the middle of the second epoch
+    assert torch.load("run/checkpoints/last.ckpt")["global_step"] == 7  # in the middle of the second epoch
     assert wait(start(resumable, 2)) == [0, 0]
     resumed = [saved(process, 2) for process in range(2)]
     assert wait(start(functools.partial(resumable, run_dir="straight"), 2)) == [0, 0]

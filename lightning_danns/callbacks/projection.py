@@ -46,7 +46,7 @@ class DaleProjection(pl.Callback):
 
     def __init__(self) -> None:
         self._hooks: dict[Optimizer, list[RemovableHandle]] = {}
-        self._end_input_check: Callable[[], None] = lambda: None
+        self._end_input_check: Callable[[], None] = _nothing
 
     def project(self, pl_module: pl.LightningModule) -> None:
         """Bring the weights back to their signs and into balance; runs after each optimizer step."""
@@ -142,6 +142,9 @@ class DaleProjection(pl.Callback):
 
 ROUNDING = 1e-3
 """Imbalance that another precision of the weights explains; more is refused when a fit starts."""
+
+
+def _nothing() -> None: ...  # no lambda, because processes that are spawned get a copy
 
 
 def _refuse(violations: dict[str, float], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -51,12 +52,15 @@ class DaleLightningModule(pl.LightningModule):
         weight_decay: float | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
-        default = inspect.signature(DaleLightningModule).parameters["optimizer"].default
+        if optimizer is inspect.signature(DaleLightningModule).parameters["optimizer"].default:
+            self.save_hyperparameters(logger=False, ignore="optimizer")
+            optimizer = partial(torch.optim.SGD, lr=0.1)  # which processes that are spawned can get a copy of
+        else:
+            self.save_hyperparameters(logger=False)
         for name, value in list(self.hparams.items()):
-            if accepts(type(self), name) and value is not default:
+            if accepts(type(self), name):
                 self.hparams[name] = plain(value)
-            else:  # a subclass passes it on by itself, and could not be made with it; or it needs not be given
+            else:  # a subclass passes it on by itself, and could not be made with it
                 del self.hparams[name]
         self.optimizer_factory = made_of(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
         self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")

@@ -23,8 +23,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Task(DaleLightningModule):
     """Learns targets from inputs. A task overrides what differs:
 
-    `step`, which makes outputs, targets and loss of a batch (here a pair of inputs and targets); `likelihood`; `check`,
-    which refuses wrong batches; and ``best``. Every epoch logs ``train_loss``, ``val_loss``, ``test_loss`` and the
+    `step`, which makes outputs, targets and loss of a batch (here a pair of inputs and targets); `likelihood`; `check`
+    and `check_inputs`, which refuse wrong batches; and ``best``. Every epoch logs ``train_loss``, ``val_loss``, ``test_loss`` and the
     metrics under the same prefixes; of several loaders, the second counts as ``val_1`` and so on.
 
     Args:
@@ -65,6 +65,16 @@ class Task(DaleLightningModule):
 
     def check(self, batch: Any) -> None:
         """Refuse a batch that would train to wrong numbers; asked for the first of every epoch and loader."""
+        self.check_inputs(batch[0])
+
+    def check_inputs(self, inputs: Any) -> None:
+        """The part of `check` that predictions ask for too; here, inputs of the precision of the weights."""
+        weight = next(self.parameters(), None)
+        if isinstance(inputs, Tensor) and weight is not None and inputs.dtype != weight.dtype:
+            raise UsageError(
+                f"inputs of {inputs.dtype} for weights of {weight.dtype}: convert them "
+                f"({'images.float() / 255' if inputs.dtype == torch.uint8 else f'x.to({weight.dtype})'})"
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.counted(batch, batch_idx, "train")
@@ -81,7 +91,10 @@ class Task(DaleLightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Outputs for the inputs of a batch."""
-        return self(batch if isinstance(batch, Tensor) else batch[0])
+        inputs = batch if isinstance(batch, Tensor) else batch[0]
+        if batch_idx == 0:
+            self.check_inputs(inputs)
+        return self(inputs)
 
     def counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
         """Loss of one batch, counted into the metrics of ``stage``; the first batch of an epoch starts them anew."""
@@ -234,7 +247,7 @@ class Classification(Task):
                 f"labels from {int(labels.min())} to {int(labels.max())}: the {self.num_classes} classes are numbered "
                 f"from 0 to {self.num_classes - 1}"
             )
-        _refuse_other_precision(inputs, self)
+        self.check_inputs(inputs)
 
 
 class ImageClassifier(Classification):
@@ -263,9 +276,15 @@ class ImageClassifier(Classification):
         super().__init__(**kwargs)
         self.input_shape = tuple(input_shape)
 
-    def check(self, batch: Any) -> None:
-        super().check(batch)
-        highest = float(batch[0].detach().max()) if batch[0].numel() else 0.0
+    def check_inputs(self, inputs: Any) -> None:
+        """Refuse what is no pixel in [0, 1], in controls too, which are compared on the same images."""
+        super().check_inputs(inputs)
+        lowest, highest = (float(x) for x in inputs.detach().aminmax()) if inputs.numel() else (0.0, 0.0)
+        if lowest < 0:
+            raise UsageError(
+                f"the images have an input of {lowest:.4g}, but inputs must be >= 0: give pixels in [0, 1] (not "
+                "normalised by mean and std), or override check_inputs"
+            )
         if highest > BRIGHTEST:
             raise UsageError(f"pixels up to {highest:.4g}: scale them to [0, 1], as x / 255 does")
 
@@ -304,9 +323,6 @@ class Regression(Task):
         """Gaussian of variance 1 around the outputs, whose negative logarithm is half the squared error."""
         return Normal(outputs, 1.0, validate_args=False)
 
-    def check(self, batch: Any) -> None:
-        _refuse_other_precision(batch[0], self)
-
 
 class _NoScores(nn.Module):
     """Stands for a collection of no metrics, which torchmetrics does not allow."""
@@ -327,15 +343,6 @@ def _only_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
         if not isinstance(metric, Metric):
             raise UsageError(f"metrics[{name!r}] is a {type(metric).__name__}: give a torchmetrics Metric")
     return made
-
-
-def _refuse_other_precision(inputs: Any, module: nn.Module) -> None:
-    weight = next(module.parameters(), None)
-    if isinstance(inputs, Tensor) and weight is not None and inputs.dtype != weight.dtype:
-        raise UsageError(
-            f"inputs of {inputs.dtype} for weights of {weight.dtype}: convert them "
-            f"({'images.float() / 255' if inputs.dtype == torch.uint8 else f'x.to({weight.dtype})'})"
-        )
 
 
 def _count(loaders: Any) -> int:
