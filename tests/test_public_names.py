@@ -1,4 +1,4 @@
-"""Other libraries are met through their public names; those of torch that are not public stand in files that say why."""
+"""Other libraries are met through their public names, but for some of torch in files that say why."""
 
 import ast
 from pathlib import Path

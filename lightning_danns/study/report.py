@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_danns.errors import UsageError
 from lightning_danns.study.runs import load_runs
 from lightning_danns.study.settings import user_path
-from lightning_danns.study.tables import cell, file_name, label, markdown, run_values, table
+from lightning_danns.study.tables import cell, file_name, label, line, markdown, run_values, table
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is pale on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -89,7 +89,7 @@ def diagnostics(runs: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
 def write_report(folders: Sequence[Path], out: Path, last: int = 5) -> str:
     """Write the report of all runs below ``folders`` into ``out``; its tables, and where it is."""
     runs, left_out = load_runs(*folders)
-    reasons = [f"{cell(folder)}: {cell(reason)}" for folder, reason in left_out.items()]
+    reasons = [f"{line(folder)}: {line(reason)}" for folder, reason in left_out.items()]
     if runs.empty:
         below = ", ".join(map(str, folders))
         raise UsageError("\n".join([f"no runs (folders with metrics.csv) below {below}", *reasons[:3]]))
@@ -104,7 +104,7 @@ def write_report(folders: Sequence[Path], out: Path, last: int = 5) -> str:
 
     def listing(heading: str, lines: Sequence[str]) -> None:
         if lines:
-            parts.append("\n".join([heading, "", *(f"- {line}" for line in lines)]))
+            parts.append("\n".join([heading, "", *(f"- {text}" for text in lines)]))
 
     values, rows = run_values(runs, last), table(runs, last)
     with rc_context(RC):
