@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import R2Score
 
 from lightning_danns.errors import UsageError
+from lightning_danns.layers import dale_layers
 from lightning_danns.modules.arguments import NOT_SAVED, restored
 from lightning_danns.modules.base import DaleLightningModule
 
@@ -24,8 +25,8 @@ class Task(DaleLightningModule):
     """Learns targets from inputs. A task overrides what differs:
 
     `step`, which makes outputs, targets and loss of a batch (here a pair of inputs and targets); `likelihood`; `check`
-    and `check_inputs`, which refuse wrong batches; and ``best``. Every epoch logs ``train_loss``, ``val_loss``, ``test_loss`` and the
-    metrics under the same prefixes; of several loaders, the second counts as ``val_1`` and so on.
+    and `check_inputs`, which refuse wrong batches; and ``best``. Every epoch logs ``train_loss``, ``val_loss``,
+    ``test_loss`` and the metrics under the same prefixes; of several loaders, the second counts as ``val_1`` and so on.
 
     Args:
         loss: a function of outputs and targets; the mean over the batch.
@@ -280,7 +281,7 @@ class ImageClassifier(Classification):
         """Refuse what is no pixel in [0, 1], in controls too, which are compared on the same images."""
         super().check_inputs(inputs)
         lowest, highest = (float(x) for x in inputs.detach().aminmax()) if inputs.numel() else (0.0, 0.0)
-        if lowest < 0:
+        if lowest < 0 and not any(dale_layers(self)):  # signed layers say themselves what reaches them (DaleProjection)
             raise UsageError(
                 f"the images have an input of {lowest:.4g}, but inputs must be >= 0: give pixels in [0, 1] (not "
                 "normalised by mean and std), or override check_inputs"
