@@ -33,9 +33,9 @@ class DaleProjection(pl.Callback):
     and manual optimization, and other callbacks, checkpoints and validation only ever see projected weights. Averages
     of such weights (EMA) keep their signs; they are balanced before they are validated and when a fit ends.
 
-    It refuses, when a fit starts, weights of the wrong sign or out of balance; in each stage, first inputs of a layer
-    that are negative; before every step, learning rates that have lost their factors. A NaN has no sign: it ends the
-    fit at the end of the epoch, and before a checkpoint is written.
+    It refuses, when a fit starts, weights of the wrong sign or out of balance; in each stage, the first inputs of a
+    layer from each loader if one is negative; before every step, learning rates that have lost their factors. A NaN has
+    no sign: it ends the fit at the end of the epoch, and before a checkpoint is written.
 
     To project differently, subclass it and override `project`; the module then uses your instance.
 
@@ -86,18 +86,17 @@ class DaleProjection(pl.Callback):
         before(optimizer, (), {})
         self._hooks[optimizer] = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_inputs(pl_module)
-
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if imbalances(pl_module):  # averages, which an averaging callback has put in place
             self.project(pl_module)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_inputs(pl_module)
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:  # of each loader
+            self._check_inputs(pl_module)
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._check_inputs(pl_module)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def _check_inputs(self, pl_module: pl.LightningModule) -> None:
         self._end_input_check()
