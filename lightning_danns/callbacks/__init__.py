@@ -1,8 +1,9 @@
 """What acts and watches while a Trainer runs."""
 
+from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
 from lightning_danns.callbacks.projection import DaleProjection
-from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping, Unfreeze
+from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping
 
 __all__ = [
     "CosineStepControl",
@@ -10,5 +11,7 @@ __all__ = [
     "DaleProjection",
     "FisherMonitor",
     "LayerGradientClipping",
+    "StartFrom",
     "Unfreeze",
+    "load_body_",
 ]
