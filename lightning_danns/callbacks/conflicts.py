@@ -48,7 +48,9 @@ def refuse_frozen_by_finetuning(module: pl.LightningModule, callbacks: Iterable[
     for callback in callbacks:
         if isinstance(callback, BaseFinetuning):
             for layer_name, layer in dale_layers(module):
-                frozen = [name for name, parameter in layer.named_parameters(recurse=False) if not parameter.requires_grad]
+                frozen = [
+                    name for name, parameter in layer.named_parameters(recurse=False) if not parameter.requires_grad
+                ]
                 if frozen:
                     raise UsageError(
                         f"{type(callback).__name__} has frozen {layer_name}.{frozen[0]}, and would train it later "

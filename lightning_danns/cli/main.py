@@ -217,7 +217,9 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         if is_rank_zero() and not (self.trainer.fast_dev_run or (self.folder / "result.yaml").exists()):  # type: ignore[attr-defined]
-            raise UsageError("nothing was trained: max_epochs, max_steps, max_time and limit_train_batches must be above 0")
+            raise UsageError(
+                "nothing was trained: max_epochs, max_steps, max_time and limit_train_batches must be above 0"
+            )
         checkpoints = self.run_folder / "checkpoints"
         self._print_summary([path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt") if path.exists()])
 

@@ -21,7 +21,14 @@ COMMAND = "lightning-danns"
 LONGEST = 5, 300
 """Lines of an error, and characters of a line: what a union of types complains about fills pages."""
 
-CHATTER = ("Does not validate", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Expected a path", "Given value")
+CHATTER = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Expected a path",
+    "Given value",
+)
 """How lines begin that say nothing which another line does not say better."""
 
 
@@ -49,7 +56,9 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         print("error: " + few_lines(message), file=sys.stderr)
         known = _known()
-        words = {word.strip("'\"`,:;()[]{}<>-=").rpartition(".")[2].partition("=")[0] for word in few_lines(message).split()}
+        words = {
+            word.strip("'\"`,:;()[]{}<>-=").rpartition(".")[2].partition("=")[0] for word in few_lines(message).split()
+        }
         unknown = [word for word in words if len(word) > 3 and not {word, word.lower()} & known]
         pairs = [(word, near) for word in unknown for near in difflib.get_close_matches(word, known, 1, 0.75)]
         if pairs:

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_conflicts, refuse_unlogged
@@ -71,6 +72,15 @@ class DaleLightningModule(pl.LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
+
+    def configure_model(self) -> None:
+        """Under a `ModelParallelStrategy`, share each part of the network out among the processes (FSDP2)."""
+        if self.device_mesh is None or isinstance(self.network, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for part in (*self.network.children(), self.network):
+            if any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups with learning-rate factors; a subclass may return other ones (`fisher_param_groups`)."""
