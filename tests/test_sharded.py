@@ -31,7 +31,8 @@ def folder(tmp_path, monkeypatch):
 
 def fit(run_dir, batch_size, *args):
     return cli.main([
-        "fit", *args, "--data=MNISTDataModule", "--data.data_dir=.", "--data.val_size=8", f"--data.batch_size={batch_size}",
+        "fit", *args, "--data=MNISTDataModule", "--data.data_dir=.", "--data.val_size=8",
+        f"--data.batch_size={batch_size}",
         "--model.optimizer=SGD", "--model.optimizer.lr=0.05", "--model.optimizer.momentum=0.9", "--seed_everything=1",
         f"--run_dir={run_dir}", "--ckpt_path=last", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import R2Score
 
 from lightning_danns.errors import UsageError
+from lightning_danns.layers import dale_layers
 from lightning_danns.modules.arguments import NOT_SAVED, restored, was_lost
 from lightning_danns.modules.base import DaleLightningModule
 
@@ -281,7 +282,7 @@ class ImageClassifier(Classification):
         """Refuse what is no pixel in [0, 1], in controls too, which are compared on the same images."""
         super().check_inputs(inputs)
         lowest, highest = (float(x) for x in inputs.detach().aminmax()) if inputs.numel() else (0.0, 0.0)
-        if lowest < 0:
+        if lowest < 0 and not any(dale_layers(self)):  # signed layers say themselves what reaches them (DaleProjection)
             raise UsageError(
                 f"the images have an input of {lowest:.4g}, but inputs must be >= 0: give pixels in [0, 1] (not "
                 "normalised by mean and std), or override check_inputs"

@@ -198,5 +198,6 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
                     f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in "
                     f"group {low_name!r} but {high:.4g} in {high_name!r}. Scale the base rate instead: "
                     "lightning_danns.WarmupCosine (with a floor relative to lr) and most torch schedulers (StepLR, "
-                    "ExponentialLR, LinearLR, CosineAnnealingLR with eta_min=0, ReduceLROnPlateau with eps=0) do; or use correction='none'"
+                    "ExponentialLR, LinearLR, CosineAnnealingLR with eta_min=0, ReduceLROnPlateau with "
+                    "eps=0) do; or use correction='none'"
                 )
