@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from lightning_danns.callbacks import DaleProjection as DaleProjection
     from lightning_danns.callbacks import FisherMonitor as FisherMonitor
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
+    from lightning_danns.callbacks import StartFrom as StartFrom
     from lightning_danns.callbacks import Unfreeze as Unfreeze
+    from lightning_danns.callbacks import load_body_ as load_body_
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
     from lightning_danns.data import FashionMNISTDataModule as FashionMNISTDataModule
     from lightning_danns.data import ImageDataModule as ImageDataModule
@@ -54,7 +56,10 @@ __version__ = "0.1.0"
 _ROOMS = {
     "layers": "ColumnEILinear DANNConv2d DANNLinear DaleModule project_",
     "optim": "DiagonalNGD Sequential WarmupCosine fisher_param_groups fisher_ratios measured_factors",
-    "callbacks": ("CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping Unfreeze"),
+    "callbacks": (
+        "CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping StartFrom Unfreeze "
+        "load_body_"
+    ),
     "modules": (
         "Classification ColumnEIMLP ConvNet DANNConvNet DANNMLP DANNResNet DANNVGG DaleLightningModule "
         "ImageClassifier MLP Regression ResNet Task VGG"

@@ -1,9 +1,10 @@
 """What acts and watches while a Trainer runs."""
 
 from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
+from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
 from lightning_danns.callbacks.projection import DaleProjection
-from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping, Unfreeze
+from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping
 
 __all__ = [
     "CosineStepControl",
@@ -11,7 +12,9 @@ __all__ = [
     "DaleProjection",
     "FisherMonitor",
     "LayerGradientClipping",
+    "StartFrom",
     "Unfreeze",
+    "load_body_",
     "refuse_conflicts",
     "refuse_unlogged",
 ]

@@ -229,11 +229,23 @@ class FisherMonitor(pl.Callback):
         if every_n_epochs is not None and every_n_epochs < 1:
             raise UsageError(f"every_n_epochs={every_n_epochs}: it must be at least 1, or null to measure only once")
         self.every_n_epochs = every_n_epochs
+        self._measured = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"measured": self._measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._measured = state_dict["measured"]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._measured = False  # another fit has groups of its own
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         epoch = trainer.current_epoch
-        if batch_idx > 0 or (epoch > 0 and (self.every_n_epochs is None or epoch % self.every_n_epochs)):
+        again = batch_idx == 0 and self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
+        if self._measured and not again:
             return
+        self._measured = True
         network = getattr(pl_module, "network", None)
         if not isinstance(network, torch.nn.Module):
             raise UsageError(f"FisherMonitor measures pl_module.network, which {type(pl_module).__name__} has not")

@@ -1,11 +1,8 @@
-"""Rules that keep one layer's step within bounds, and layers that rest until an epoch."""
+"""Rules that keep one layer's step within bounds."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
@@ -70,43 +67,3 @@ class CosineStepControl(_StepControl):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps, self._shortened = state_dict["steps"], state_dict["shortened"]
-
-
-class Unfreeze(pl.Callback):
-    """Keeps parts of a module as they are until an epoch, and trains them from then on with the factors of their group.
-
-    The parts stay in the optimizer's groups, so schedules and factors hold for them as for all; resuming is exact,
-    because what is frozen follows from the epoch alone. Running statistics of normalisation layers rest too.
-
-    Args:
-        names: of modules or parameters (``["network.0", "network.3.Wex"]``).
-        epoch: the first epoch that trains them; None never does.
-    """
-
-    def __init__(self, names: Sequence[str], epoch: int | None = None) -> None:
-        self.names, self.epoch = list(names), epoch
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._apply(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._apply(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._apply(trainer, pl_module)  # validation has put every module back into training mode
-
-    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        trained = self.epoch is not None and trainer.current_epoch >= self.epoch
-        for part in self._parts(pl_module):
-            if isinstance(part, nn.Module):
-                part.requires_grad_(trained)
-                part.train(trained)
-            else:
-                part.requires_grad_(trained)
-
-    def _parts(self, pl_module: pl.LightningModule) -> list[nn.Module | torch.Tensor]:
-        known: dict[str, Any] = {**dict(pl_module.named_parameters()), **dict(pl_module.named_modules())}
-        for name in self.names:
-            if not name or name not in known:
-                raise UsageError(f"{name!r} is no module or parameter of {type(pl_module).__name__}")
-        return [known[name] for name in self.names]

@@ -110,8 +110,13 @@ class CLI(LightningCLI):
         files = [str(path) for path in config.get("config") or []]
         if self.ckpt_path in ("best", "last") and not files:
             raise UsageError(f"--ckpt_path {self.ckpt_path}: of which run? Give its --run_dir or config.yaml")
-        folder = os.path.dirname(os.path.abspath(files[-1])) if files and self.ckpt_path is not None else ""
-        return folder if os.path.isdir(os.path.join(folder, "checkpoints")) and folder else None
+        if self.ckpt_path is None:
+            return None
+        folders = [os.path.dirname(os.path.abspath(file)) for file in files]
+        runs = [folder for folder in folders if os.path.isdir(os.path.join(folder, "checkpoints"))]
+        if not runs and self.ckpt_path in ("best", "last"):
+            raise UsageError(f"--ckpt_path {self.ckpt_path}: of which run? Give its --run_dir or config.yaml")
+        return runs[-1] if runs else None
 
     def _take_from_data(self, config: Namespace) -> None:
         """Give the model the sizes that it asks for and the data have; refuse others that are given."""

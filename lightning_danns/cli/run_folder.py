@@ -115,10 +115,14 @@ class RunRecord(pl.Callback):
 
     def __init__(self, folder: Path, config: str, best: tuple[str, str]) -> None:
         self.folder, self.config, self.best = folder, config, best
+        self.best_value: float | None = None
+        self._started_at = 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            (self.folder / "result.yaml").unlink(missing_ok=True)
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_value": self.best_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_value = state_dict["best_value"]
 
     def _start(self, trainer: pl.Trainer) -> None:
         for logger in trainer.loggers:
@@ -133,6 +137,9 @@ class RunRecord(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer)
+        self._started_at = trainer.global_step
+        if trainer.is_global_zero:
+            (self.folder / "result.yaml").unlink(missing_ok=True)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer)
@@ -149,19 +156,31 @@ class RunRecord(pl.Callback):
         logged = trainer.callback_metrics
         if trainer.state.fn != "fit" or not any(name.startswith("val") for name in logged):
             return
+        self._note(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = str(getattr(callback, "monitor", ""))
             if monitor.startswith("val") and monitor not in logged:
                 known = ", ".join(sorted(logged))
                 raise UsageError(f"{type(callback).__name__}: monitor={monitor!r} was not logged; these were: {known}")
 
+    def _note(self, trainer: pl.Trainer) -> None:
+        """Keep the best value of the task's metric, whatever the checkpoints follow."""
+        monitor, mode = self.best
+        if monitor in trainer.callback_metrics and not trainer.sanity_checking:
+            value = float(trainer.callback_metrics[monitor])
+            values = [value] if self.best_value is None else [value, self.best_value]
+            self.best_value = max(values) if mode == "max" else min(values)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
             return
+        if trainer.global_step == self._started_at:
+            return  # a run that was at its end already keeps its result
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         monitor, mode = self.best
-        scores = [getattr(callback, "best_model_score", None) for callback in trainer.checkpoint_callbacks]
-        best = next((float(score) for score in scores if score is not None), metrics.get(monitor))
+        if not monitor.startswith("val_"):
+            self._note(trainer)
+        best = self.best_value
         result = {
             "ended_by": _ended_by(trainer),
             "epochs": trainer.current_epoch,

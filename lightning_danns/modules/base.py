@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -9,12 +10,13 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_conflicts, refuse_unlogged
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
-from lightning_danns.modules.arguments import accepts, imported, made_of, plain, restored
+from lightning_danns.modules.arguments import NOT_SAVED, accepts, imported, made_of, plain
 from lightning_danns.modules.resume import ANEW, refuse_other_network, refuse_other_optimizer
 from lightning_danns.modules.schedule import scheduled, step_plateaus
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
@@ -66,11 +68,22 @@ class DaleLightningModule(pl.LightningModule):
         self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")
         if isinstance(correction, str) and "." in correction:
             correction = imported(correction)
-        self.correction = correction_of(restored(correction))
+        if isinstance(correction, Mapping) and (NOT_SAVED in correction or "class_path" in correction):
+            correction = made_of(correction, "correction", "'fisher'")
+        self.correction = correction_of(correction)
         self.rates, self.weight_decay = rates, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
+
+    def configure_model(self) -> None:
+        """Under a `ModelParallelStrategy`, share each part of the network out among the processes (FSDP2)."""
+        if self.device_mesh is None or isinstance(self.network, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for part in (*self.network.children(), self.network):
+            if any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups with learning-rate factors; a subclass may return other ones (`fisher_param_groups`)."""
@@ -135,7 +148,8 @@ class DaleLightningModule(pl.LightningModule):
             raise UsageError("the checkpoint holds weights alone, so no fit can continue from it: test it, " + ANEW)
         if self.trainer.training and type(self).configure_optimizers is DaleLightningModule.configure_optimizers:
             groups = fisher_optimizer(self.optimizer_factory, self.parameter_groups()).param_groups
-            refuse_other_optimizer(groups, checkpoint.get("optimizer_states", []), self.correction is measured)
+            states, constant = checkpoint.get("optimizer_states", []), self.lr_scheduler_factory is None
+            refuse_other_optimizer(groups, states, measured=self.correction is measured, constant=constant)
 
     @property
     def attached(self) -> bool:

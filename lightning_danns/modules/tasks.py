@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -15,7 +14,7 @@ from torchmetrics.regression import R2Score
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
-from lightning_danns.modules.arguments import NOT_SAVED, restored
+from lightning_danns.modules.arguments import NOT_SAVED, restored, was_lost
 from lightning_danns.modules.base import DaleLightningModule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -36,10 +35,7 @@ class Task(DaleLightningModule):
 
     def __init__(self, loss: Callable | None = None, metrics: dict[str, Metric] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(loss, Mapping) and NOT_SAVED in loss:
-            rank_zero_warn(f"the checkpoint could not keep loss={loss[NOT_SAVED]}: give it again, to train on")
-            loss = None
-        loss = restored(loss)
+        loss = None if was_lost(loss, "loss") else restored(loss)
         if isinstance(loss, type):
             loss = loss()
         self.loss: Loss = F.mse_loss if loss is None else loss
@@ -159,14 +155,19 @@ class Task(DaleLightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the metrics of a training epoch have counted so far, in all processes."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["train_metrics"] = [_counts(metric) for metric in _metrics(self.metrics_of("train"))]
+        logged = self._logged("train").values()
+        checkpoint["train_metrics"] = {place: _counts(metric) for place, metric in logged}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if "train_metrics" in checkpoint and self.global_rank == 0:  # the counts are those of all processes
-            for metric, counts in zip(_metrics(self.metrics_of("train")), checkpoint["train_metrics"], strict=True):
-                for name, value in counts.items():
-                    setattr(metric, name, value.to(self.device))
+        if not isinstance(self.loss, nn.Module):  # a checkpoint could not keep it, but has its buffers
+            for name in [name for name in checkpoint.get("state_dict", {}) if name.startswith("loss.")]:
+                del checkpoint["state_dict"][name]
+        if self.attached and self.global_rank == 0:  # the counts are those of all processes
+            metrics = dict(self._logged("train").values())
+            for place, counts in checkpoint.get("train_metrics", {}).items():
+                for name, value in counts.items() if place in metrics else ():
+                    setattr(metrics[place], name, _on(value, self.device))
 
 
 class Classification(Task):
@@ -335,6 +336,8 @@ class _NoScores(nn.Module):
 
 def _only_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     kept = {name: m for name, m in metrics.items() if not (isinstance(m, Mapping) and NOT_SAVED in m)}
+    if "loss" in metrics:
+        raise UsageError("metrics['loss']: the loss is logged under that name; give the metric another")
     made = {name: restored(metric) for name, metric in kept.items()}
     made = {
         name: metric() if not isinstance(metric, Metric) and callable(metric) else metric
@@ -350,10 +353,13 @@ def _count(loaders: Any) -> int:
     return len(loaders) if isinstance(loaders, Sequence | Mapping) else int(loaders is not None)
 
 
-def _metrics(module: nn.Module) -> list[Metric]:
-    return [metric for metric in module.modules() if isinstance(metric, Metric)]
-
-
 def _counts(metric: Metric) -> dict[str, Any]:
     with metric.sync_context():  # over all processes
-        return {name: value.clone() for name, value in metric.metric_state.items() if isinstance(value, Tensor)}
+        return {name: _on(value, None) for name, value in metric.metric_state.items()}
+
+
+def _on(value: Any, device: torch.device | None) -> Any:
+    """A copy of a metric's state, which may be a list, on a device."""
+    if isinstance(value, list):
+        return [_on(item, device) for item in value]
+    return value.clone() if device is None else value.to(device)

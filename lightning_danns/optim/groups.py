@@ -74,7 +74,10 @@ def fisher_param_groups(
         decay = {} if weight_decay is None else {"weight_decay": weight_decay if parameter.dim() > 1 else 0.0}
         group = name
         if factor == 1 and parameter not in named:
-            group = (base or "base") + ("/no decay" if 0.0 in decay.values() else "")
+            suffix = "/no decay" if 0.0 in decay.values() else ""
+            group = (f"base of {base}" if base else "base") + suffix
+            if group in parameters:
+                raise UsageError(f"a parameter is called {group!r}, like the group of all others: give it another name")
         rate = {"base_rate": rates[base]} if base else {}
         new = {"name": group, "params": [], "lr_scale": factor, "signed": [], "base": base}
         of_this = groups.setdefault(group, {**new, **rate, **decay})
