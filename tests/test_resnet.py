@@ -127,7 +127,7 @@ def test_wrong_options_are_refused_by_value(build, message):
 
 def naive_conv(x, layer):
     """One output at a time, with the layer's own W = Wex - Wei Wix or weight, zeros around the image."""
-    n, c, height, width = x.shape
+    n, _, height, width = x.shape
     k, step = layer.kernel_size[0], layer.stride[0]
     x = F.pad(x, [k // 2] * 4)
     rows, columns = math.ceil(height / step), math.ceil(width / step)
