@@ -9,6 +9,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 import yaml
@@ -87,7 +88,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(compare):
     ("args", "reason"),
     [
         (["nowhere.yaml"], "nowhere.yaml does not exist"), (["mlp.yaml", "other/mlp.yaml"], "the same folder"),
-        (["mlp.yaml", "mlp.yaml"], "the same folder"), (["mlp.yaml", "--seeds", "1", "1"], "each must be there once"),
+        (["mlp.yaml", "mlp.yaml"], "the same folder"),
         (["mlp.yaml", "--jobs=0"], "at least 1"), (["mlp.yaml", "--seed_everything=1"], "leave it out"),
         (["mlp.yaml", "--run_dir=x"], "leave it out"), (["mlp.yaml", "--storage=nothing://x"], "nothing://x"),
     ],
@@ -128,13 +129,47 @@ def test_processes_that_begin_at_once_train_each_run_once(compare):
             file.write(f"{folder} {epoch}\n")
 
     cli.main = partial(fake_main, before_epoch=note)
-    args = ["dann.yaml", "mlp.yaml", "--seeds", *map(str, range(4)), "--trainer.max_epochs=1", "--folder=my runs"]
-    processes = in_processes(3, lambda: os._exit(command("comparison", args)))
+    args = ["dann.yaml", "mlp.yaml", "--seeds", "0", "1", "--trainer.max_epochs=1", "--folder=my runs"]
+    processes = in_processes(2, lambda: os._exit(command("comparison", args)))
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 3
+    assert [process.exitcode for process in processes] == [0] * 2
     trained = Counter(Path("trained.txt").read_text().splitlines())
-    assert (len(trained), set(trained.values())) == (8, {1})
+    assert (len(trained), set(trained.values())) == (4, {1})
+
+
+def test_a_trial_is_given_to_one_process_alone(tmp_path, monkeypatch):
+    def take():
+        study = optuna.load_study(study_name="s", storage=queue.open_storage(tmp_path, None))
+        while queue.names(study, optuna.trial.TrialState.WAITING):
+            with open(tmp_path / "taken.txt", "a") as file:
+                file.write(f"{study.ask().number}\n")
+
+    monkeypatch.setattr(queue.sqlite3, "connect", hasty_connect)
+    study = optuna.create_study(study_name="s", storage=queue.open_storage(tmp_path, None))
+    queue.fill(study, {f"{k}": [] for k in range(50)}, again=False)
+    for process in in_processes(4, take):
+        process.join()
+    taken = Counter((tmp_path / "taken.txt").read_text().split())
+    assert {k: taken[str(k)] for k in range(50)} == dict.fromkeys(range(50), 1)
+
+
+def test_a_run_that_two_commands_have_queued_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(queue, "GRACE", 0.5)
+    study = optuna.create_study(storage=queue.open_storage(tmp_path, None))
+    for name in ("a", "a", "b"):
+        study.enqueue_trial({}, user_attrs={"run": name, "args": []})
+    assert study.ask().user_attrs["run"] == "a"  # by another process, which trains it
+    trained = []
+    queue.work(study, lambda trial: trained.append(trial.user_attrs["run"]) or 0.0)
+    assert trained == ["b"]
+
+
+def test_a_run_that_was_finished_after_it_was_queued_is_left_alone(compare):
+    compare("dann.yaml")
+    study = optuna.load_study(study_name="compare", storage=queue.open_storage(Path("my runs"), None))
+    study.enqueue_trial({}, user_attrs={"run": "dann/seed_0", "args": []})
+    assert compare("dann.yaml", "--seeds", 0, 1)[0] == ["dann/seed_1"]
 
 
 def test_the_run_of_a_killed_process_is_finished_by_another(compare, monkeypatch):

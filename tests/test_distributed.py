@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning_danns.run_folder as folders
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
+import lightning_danns.cli.run_folder as folders
 from lightning_danns import DANNMLP, DaleDiagnostics, DANNLinear, MNISTDataModule, UsageError, project_
 from lightning_danns.analysis.diagnostics import effective_rank
 from lightning_danns.layers import sign_violations
@@ -108,7 +108,7 @@ def test_a_run_ends_when_a_process_dies_and_goes_on_exactly(folder, how, rank):
     statuses = wait(start(interrupted, 2), timeout=60)
     assert statuses[rank] == (-9 if how == "killed" else 1)
     assert statuses[1 - rank] != 0
-    assert torch.load("run/checkpoints/last.ckpt")["global_step"] == 6  # in the middle of the second epoch
+    assert torch.load("run/checkpoints/last.ckpt")["global_step"] == 7  # in the middle of the second epoch
     assert wait(start(resumable, 2)) == [0, 0]
     resumed = [saved(process, 2) for process in range(2)]
     assert wait(start(functools.partial(resumable, run_dir="straight"), 2)) == [0, 0]
@@ -216,7 +216,7 @@ def test_processes_without_a_common_name_are_refused(monkeypatch):
 )
 def test_real_launchers_start_one_run_and_end_it_when_a_process_dies(folder, launcher):
     def run(*args):
-        script = Path(cli.__file__).parent.parent / "train.py"
+        script = Path(__file__).parents[1] / "train.py"
         return subprocess.run(
             [
                 *launcher, script, "fit", "--data=MNISTDataModule", "--data.data_dir=.", "--data.val_size=17",

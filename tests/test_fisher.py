@@ -18,6 +18,7 @@ from lightning_danns import (
     ImageClassifier,
     MNISTDataModule,
     ReplicatedClassifier,
+    Sequential,
     UsageError,
     fisher_param_groups,
     fisher_ratios,
@@ -116,8 +117,13 @@ def test_a_ratio_that_is_no_number_gives_no_factor(ratio):
 SCHEDULERS = {
     "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
-    "SequentialLR": lambda o: torch.optim.lr_scheduler.SequentialLR(
-        o, [torch.optim.lr_scheduler.LinearLR(o, 0.5), torch.optim.lr_scheduler.CosineAnnealingLR(o, 6)], [3]
+    "Sequential": lambda o: Sequential(
+        o,
+        [
+            functools.partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.5),
+            functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=6),
+        ],
+        [3],
     ),
 }
 

@@ -337,6 +337,16 @@ def test_unreadable_files_are_skipped_counted_and_named_once(damaged, num_worker
         assert sum(len(labels) for _, labels in val) == 11
 
 
+def test_skipped_files_of_an_unfinished_pass_are_named_at_the_end_of_the_run(damaged):
+    module = loaded(damaged, on_error="skip", batch_size=15, order_seed=0)
+    loader = iter(module.train_dataloader())
+    next(loader)
+    skipped = int(module.train_set.unreadable.sum())
+    assert 0 < skipped <= 2
+    with pytest.warns(UserWarning, match=f"^{skipped} of 30 images"):
+        module.teardown()
+
+
 def test_a_batch_without_any_readable_image_is_an_error(damaged):
     with pytest.raises(UsageError, match=r"no image of a batch can be read: .*png"):
         list(loaded(damaged, on_error="skip", batch_size=1).train_dataloader())

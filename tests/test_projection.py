@@ -171,8 +171,12 @@ def test_rates_changed_by_a_callback_are_refused_before_the_step(batches, make_t
         def on_before_optimizer_step(self, optimizer):
             """A hook that many override, without super(): the guard does not live there."""
 
-    averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1, annealing_epochs=1)
+    class SetsRates(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = 0.1
+
     with pytest.raises(UsageError, match="callback or the Tuner"):
-        make_trainer(max_epochs=4, callbacks=[averaging]).fit(
+        make_trainer(max_epochs=4, callbacks=[SetsRates()]).fit(
             Logging(input_shape=(1, 4, 4), num_classes=4, hidden_sizes=[8], ni=2), batches
         )

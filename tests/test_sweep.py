@@ -2,8 +2,10 @@
 
 import csv
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,9 +13,9 @@ from conftest import QUIET, SMALL
 from study_fits import epochs_of, fake_main, hasty_connect, real_main
 
 import lightning_danns.cli as cli
-from lightning_danns.errors import DivergedError, UsageError
+from lightning_danns.errors import UsageError
 from lightning_danns.study import command, queue
-from lightning_danns.study.search import parse_axis
+from lightning_danns.study.search import TrialReport, parse_axis
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_mistakes_are_found_before_anything_is_written(sweep, args, reason):
 
 @pytest.mark.parametrize(("mode", "metric", "best_of"), [("max", "val_accuracy", max), ("min", "val_loss", min)])
 def test_a_sweep_ends_with_the_config_of_the_best_epoch_of_what_the_task_monitors(sweep, mode, metric, best_of):
-    out = sweep(LR, "--trials=8", f"--mode={mode}", "--trainer.max_epochs=3")
+    out = sweep(LR, "--trials=5", f"--mode={mode}", "--trainer.max_epochs=3")
     best = {}
     for row in rows():
         if row["state"] == "COMPLETE":
@@ -95,36 +97,41 @@ def test_a_sweep_ends_with_the_config_of_the_best_epoch_of_what_the_task_monitor
 
 
 def test_hopeless_trials_end_early_but_not_in_the_first_third(sweep):
-    sweep(LR, "--trials=14", "--trainer.max_epochs=6")
+    sweep(LR, "--trials=14", "--trainer.max_epochs=3")
     lengths = {row["run"]: len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()}
     pruned = [row for row in rows() if row["state"] == "PRUNED"]
     assert pruned
-    assert all(2 < lengths[row["run"]] < 6 for row in pruned)
-    assert all(lengths[row["run"]] == 6 for row in rows() if row["state"] == "COMPLETE")
+    assert all(1 < lengths[row["run"]] < 3 for row in pruned)
+    assert all(lengths[row["run"]] == 3 for row in rows() if row["state"] == "COMPLETE")
 
 
 def test_no_trial_ends_early_without_pruning(sweep):
-    sweep(LR, "--trials=9", "--trainer.max_epochs=4", "--no_pruning")
-    assert [len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()] == [4] * 9
+    sweep(LR, "--trials=9", "--trainer.max_epochs=3", "--no_pruning")
+    assert [len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()] == [3] * 9
 
 
 def test_a_trial_that_diverges_is_named_and_the_others_go_on(sweep):
     def explode(folder, epoch):
         if folder.name == "0001":
-            raise SystemExit(2)
+            raise UsageError("weights are NaN")
 
-    def main(args, callbacks=()):
+    def main(args, callbacks=()):  # the command line makes a line of it
         try:
             fake_main(args, callbacks, explode)
-        except SystemExit as end:
-            for callback in callbacks if end.code == 2 else ():
-                callback.on_exception(None, None, DivergedError("NaN"))
-            raise
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
 
     cli.main = main
-    sweep(LR, "--trials=3")
-    assert [row["state"] for row in rows()] == ["COMPLETE", "PRUNED", "COMPLETE"]
-    assert [row["ended"] for row in rows()] == ["", "diverged", ""]
+    assert "failed, weights are NaN" in sweep(LR, "--trials=3")
+    assert [row["state"] for row in rows()] == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_a_loss_that_is_no_number_ends_a_trial(loss):
+    trainer = SimpleNamespace(sanity_checking=False, callback_metrics={"val_loss": float(loss), "val_accuracy": 0.1})
+    with pytest.raises(UsageError, match="diverged"):
+        TrialReport(trial=object(), monitor="val_accuracy").on_validation_end(trainer, None)
 
 
 def test_a_trial_that_fails_is_named_and_the_others_go_on(sweep):

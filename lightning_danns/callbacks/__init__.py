@@ -1,5 +1,6 @@
 """What acts and watches while a Trainer runs."""
 
+from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
 from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
 from lightning_danns.callbacks.projection import DaleProjection
@@ -14,4 +15,6 @@ __all__ = [
     "StartFrom",
     "Unfreeze",
     "load_body_",
+    "refuse_conflicts",
+    "refuse_unlogged",
 ]

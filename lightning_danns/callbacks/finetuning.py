@@ -129,6 +129,10 @@ class Unfreeze(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply(trainer, pl_module)  # validation has put every module back into training mode
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for name in self.names:  # the next fit makes groups of what can be trained
+            dict([*pl_module.named_parameters(), *pl_module.named_modules()])[name].requires_grad_(True)
+
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = self.epoch is not None and trainer.current_epoch >= self.epoch
         known: dict[str, Any] = {**dict(pl_module.named_parameters()), **dict(pl_module.named_modules())}

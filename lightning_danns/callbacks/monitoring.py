@@ -19,7 +19,7 @@ from lightning_danns.analysis.diagnostics import (
 )
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import DaleModule, dale_layers, unobservable
-from lightning_danns.optim import Likelihood, categorical, change_factors_, fisher_ratios, measured_factors
+from lightning_danns.optim import Likelihood, categorical, change_factors_, fisher_ratios, measured, measured_factors
 
 
 class DaleDiagnostics(pl.Callback):
@@ -229,20 +229,32 @@ class FisherMonitor(pl.Callback):
         if every_n_epochs is not None and every_n_epochs < 1:
             raise UsageError(f"every_n_epochs={every_n_epochs}: it must be at least 1, or null to measure only once")
         self.every_n_epochs = every_n_epochs
+        self._measured = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"measured": self._measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._measured = state_dict["measured"]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._measured = False  # another fit has groups of its own
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         epoch = trainer.current_epoch
-        if batch_idx > 0 or (epoch > 0 and (self.every_n_epochs is None or epoch % self.every_n_epochs)):
+        again = batch_idx == 0 and self.every_n_epochs is not None and epoch % self.every_n_epochs == 0
+        if self._measured and not again:
             return
+        self._measured = True
         network = getattr(pl_module, "network", None)
         if not isinstance(network, torch.nn.Module):
             raise UsageError(f"FisherMonitor measures pl_module.network, which {type(pl_module).__name__} has not")
         inputs = batch if isinstance(batch, Tensor) else batch[0]
         generator = torch.Generator(inputs.device).manual_seed(epoch)  # not torch's, which training draws from
         likelihood: Likelihood = getattr(pl_module, "likelihood", categorical)
-        measured = fisher_ratios(network, inputs, generator, likelihood)
-        names = [(layer, kind) for layer, kinds in measured.items() for kind in kinds]
-        local = torch.tensor([measured[layer][kind] for layer, kind in names], device=inputs.device)
+        found = fisher_ratios(network, inputs, generator, likelihood)
+        names = [(layer, kind) for layer, kinds in found.items() for kind in kinds]
+        local = torch.tensor([found[layer][kind] for layer, kind in names], device=inputs.device)
         values: Any = trainer.strategy.reduce(local, reduce_op="mean")  # over all processes
         ratios: dict[str, dict[str, float]] = {}
         for (layer, kind), value in zip(names, values.tolist(), strict=True):
@@ -252,7 +264,7 @@ class FisherMonitor(pl.Callback):
         logged = {f"network.{layer}/fisher_{kind}": ratios[layer][kind] for layer, kind in names}
         for logger in trainer.loggers:
             logger.log_metrics({**logged, "epoch": epoch}, trainer.global_step)
-        if getattr(pl_module, "correction", None) == "measured":
+        if getattr(pl_module, "correction", None) is measured:
             factors = {f"network.{name}": factor for name, factor in measured_factors(network, ratios).items()}
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             for optimizer in trainer.optimizers:

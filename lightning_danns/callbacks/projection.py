@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_danns.callbacks.conflicts import refuse_frozen_by_finetuning, refuse_groups_without_factors
 from lightning_danns.errors import DivergedError, UsageError
 from lightning_danns.layers import imbalances, project_, refuse_negative_inputs, sign_violations
 from lightning_danns.optim import require_factors
@@ -45,7 +46,7 @@ class DaleProjection(pl.Callback):
 
     def __init__(self) -> None:
         self._hooks: dict[Optimizer, list[RemovableHandle]] = {}
-        self._end_input_check: Callable[[], None] = lambda: None
+        self._end_input_check: Callable[[], None] = _nothing
 
     def project(self, pl_module: pl.LightningModule) -> None:
         """Bring the weights back to their signs and into balance; runs after each optimizer step."""
@@ -60,6 +61,7 @@ class DaleProjection(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_start(pl_module)  # again: sharded strategies restore a checkpoint only after on_fit_start
+        refuse_frozen_by_finetuning(pl_module, trainer.callbacks)  # type: ignore[attr-defined]
         for optimizer in trainer.optimizers:
             self._hook(optimizer, pl_module)
         self._check_inputs(pl_module)
@@ -75,6 +77,7 @@ class DaleProjection(pl.Callback):
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # catches whatever sets rates from outside: averaging, finetuning, the Tuner, own callbacks
+            refuse_groups_without_factors(optimizer, pl_module)
             require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -127,12 +130,21 @@ class DaleProjection(pl.Callback):
     def _refuse_start(self, pl_module: pl.LightningModule) -> None:
         _refuse(self.violations(pl_module), _START)
         lost = imbalances(pl_module)
-        if lost:
+        if any(worst > ROUNDING for worst in lost.values()):
             listing = ", ".join(f"{name} (up to {worst:.2g} of a unit's excitation)" for name, worst in lost.items())
             raise UsageError(
                 f"these layers are balanced, but their starting weights are not: {listing}. Apply "
                 "lightning_danns.project_(model), which balances them, or make them with balanced=False"
             )
+        if lost:  # by rounding, where weights were made in another precision
+            self.project(pl_module)
+
+
+ROUNDING = 1e-3
+"""Imbalance that another precision of the weights explains; more is refused when a fit starts."""
+
+
+def _nothing() -> None: ...  # no lambda, because processes that are spawned get a copy
 
 
 def _refuse(violations: dict[str, float], message: str) -> None:

@@ -74,6 +74,8 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         monitor, logged = str(self.monitor), trainer.callback_metrics
         stage = monitor.partition("_")[0]
+        if stage == "val" and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1):
+            return  # the metric is of an earlier epoch
         if monitor in logged:
             super().on_train_epoch_end(trainer, pl_module)
         elif any(name.startswith(f"{stage}_") for name in logged):  # else there was no such stage
@@ -144,13 +146,16 @@ class LastCheckpoint(Checkpoint):
             signal.signal(signal.SIGUSR1, self._note_signal)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        # not after an epoch's last batch: a fit resumed from there would skip the validation of that epoch
-        if not trainer.is_last_batch:
-            ends = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
-            steps = trainer.global_step - self._saved_step
-            if ends or 0 < self.every_n_train_steps <= steps or self._overdue(trainer):
-                self._ended_within_epoch = ends
-                self._save(trainer)
+        if trainer.is_last_batch:  # a fit resumed from there would skip the validation of that epoch
+            self._ended_within_epoch = False
+            return
+        epochs, steps = trainer.min_epochs or 0, trainer.min_steps or 0
+        stops = trainer.should_stop and trainer.current_epoch >= epochs and trainer.global_step >= steps
+        self._ended_within_epoch = stops or 0 < trainer.max_steps <= trainer.global_step
+        since = trainer.global_step - self._saved_step  # none within accumulation, where gradients would be lost
+        due = 0 < self.every_n_train_steps <= since or self._overdue(trainer)
+        if self._ended_within_epoch or (since > 0 and due):
+            self._save(trainer)
         if self._requeue and trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
             requeue, self._requeue = self._requeue, None
             requeue(signal.SIGUSR1, None)

@@ -1,5 +1,6 @@
 """The command line: LightningCLI over any LightningModule and data module, one folder for each run."""
 
+import json
 import os
 import shlex
 import sys
@@ -15,19 +16,20 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_danns import modules  # imported so that their classes answer to their short names
+import lightning_danns
+from lightning_danns import modules
 from lightning_danns.cli.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, monitored
-from lightning_danns.cli.parser import COMMAND, Parser, refuse_option
+from lightning_danns.cli.parser import COMMAND, Parser, few_lines, refuse_inherited, refuse_option
 from lightning_danns.cli.run_folder import (
+    LateCSVLogger,
+    LateTensorBoardLogger,
     RunRecord,
     folder_of,
     is_rank_zero,
-    keep_earlier,
     refuse_used_folder,
     run_name,
 )
@@ -74,6 +76,10 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         # taken out here, because Lightning would let the checkpoint's arguments override config and command line
         self.ckpt_path, config.ckpt_path = config.ckpt_path, None
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UsageError(f"seed_everything={seed}: give a seed from 0 to 2^32 - 1")
+        refuse_inherited(config, sys.argv[1:] if args is None else args)
 
     def before_instantiate_classes(self) -> None:
         command, config = str(self.subcommand), self.config[self.subcommand]
@@ -104,8 +110,13 @@ class CLI(LightningCLI):
         files = [str(path) for path in config.get("config") or []]
         if self.ckpt_path in ("best", "last") and not files:
             raise UsageError(f"--ckpt_path {self.ckpt_path}: of which run? Give its --run_dir or config.yaml")
-        folder = os.path.dirname(os.path.abspath(files[-1])) if files and self.ckpt_path is not None else ""
-        return folder if os.path.isdir(os.path.join(folder, "checkpoints")) and folder else None
+        if self.ckpt_path is None:
+            return None
+        folders = [os.path.dirname(os.path.abspath(file)) for file in files]
+        runs = [folder for folder in folders if os.path.isdir(os.path.join(folder, "checkpoints"))]
+        if not runs and self.ckpt_path in ("best", "last"):
+            raise UsageError(f"--ckpt_path {self.ckpt_path}: of which run? Give its --run_dir or config.yaml")
+        return runs[-1] if runs else None
 
     def _take_from_data(self, config: Namespace) -> None:
         """Give the model the sizes that it asks for and the data have; refuse others that are given."""
@@ -140,15 +151,39 @@ class CLI(LightningCLI):
         defaults = parser.get_defaults().get("model") or Namespace()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(defaults).items()}
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            if mistake_in(error) is None:
+                self._refuse_trainer_section()
+            raise
+
+    def _refuse_trainer_section(self) -> None:
+        """Callbacks, loggers and plugins that refuse their arguments are a user's mistake; faults of a model are not.
+
+        Raises:
+            UsageError: what the Trainer's section names cannot be built, whatever the model is.
+        """
+        trainer = self.config[self.subcommand].trainer.clone()
+        section = Namespace(subcommand=self.subcommand, **{str(self.subcommand): Namespace(trainer=trainer)})
+        try:
+            self.parser.instantiate_classes(section)
+        except (ValueError, TypeError) as error:
+            raise UsageError(few_lines(str(error))) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config_init[self.subcommand]
         if config.trainer.default_root_dir is None:  # not written into the config, which may start another run
             kwargs["default_root_dir"] = str(self.folder)
         if config.trainer.logger in (None, True):
-            csv = CSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1)
-            board = TensorBoardLogger(str(self.folder), name="", version="", default_hp_metric=False)
+            csv = LateCSVLogger(str(self.folder), name="", version="", flush_logs_every_n_steps=1)
+            board = LateTensorBoardLogger(str(self.folder), name="", version="", default_hp_metric=False)
             kwargs["logger"] = [csv, board] if self.subcommand == "fit" else [csv]
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:  # Lightning refuses its arguments by these too
+            raise UsageError(str(error)) from error
         if trainer.accumulate_grad_batches < 1:
             raise UsageError(f"accumulate_grad_batches={trainer.accumulate_grad_batches}: it must be at least 1")
         for callback in trainer.checkpoint_callbacks:
@@ -173,18 +208,23 @@ class CLI(LightningCLI):
         if not self.checkpointing:
             config.trainer.enable_checkpointing = False
         whole = Namespace(subcommand=self.subcommand, **{str(self.subcommand): config})
-        text = self.parser.dump(whole, skip_unset=False, skip_validation=True)
-        return yaml.safe_dump(yaml.safe_load(text)[self.subcommand], sort_keys=False)
+        text = self.parser.dump(whole, format="json", skip_unset=False, skip_validation=True)  # which writes enums too
+        return yaml.safe_dump(json.loads(text)[self.subcommand], sort_keys=False)
 
-    def before_fit(self) -> None:
-        self.log = self.folder / "metrics.csv"
-        self.earlier_log = keep_earlier(self.log)
+    def fit(self, **kwargs: Any) -> None:
+        try:
+            self.trainer.fit(**kwargs)
+        except ValueError as error:
+            interval, batches = self.trainer.val_check_interval, self.trainer.num_training_batches
+            if isinstance(interval, int) and interval > batches and self.trainer.check_val_every_n_epoch:
+                raise UsageError(f"val_check_interval={interval}, but an epoch has {batches:.0f} batches") from error
+            raise
 
     def after_fit(self) -> None:
-        if self.earlier_log is not None and not self.log.exists():  # a fit that was at its end already
-            self.earlier_log.rename(self.log)
         if is_rank_zero() and not (self.trainer.fast_dev_run or (self.folder / "result.yaml").exists()):  # type: ignore[attr-defined]
-            raise UsageError("nothing was trained: max_epochs, max_steps and limit_train_batches must be above 0")
+            raise UsageError(
+                "nothing was trained: max_epochs, max_steps, max_time and limit_train_batches must be above 0"
+            )
         checkpoints = self.run_folder / "checkpoints"
         self._print_summary([path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt") if path.exists()])
 
@@ -269,6 +309,8 @@ def main(args: ArgsType = None, callbacks: Sequence[pl.Callback] = ()) -> CLI:
     Raises:
         SystemExit: with status 2 and a few lines of text, for a user's mistake.
     """
+    for name in lightning_danns.__all__:  # imported so that their classes answer to their short names
+        getattr(lightning_danns, name)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # where --model my_file.MyModel is looked for
     try:
@@ -292,7 +334,8 @@ def main(args: ArgsType = None, callbacks: Sequence[pl.Callback] = ()) -> CLI:
         mistake = mistake_in(error)
         if mistake is None:
             raise
-        print(f"error: {str(mistake).strip() or type(mistake).__name__}", file=sys.stderr)
+        text = str(mistake) or type(mistake).__name__
+        print(f"error: {text if isinstance(mistake, UsageError) else few_lines(text)}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

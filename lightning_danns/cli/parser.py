@@ -4,16 +4,44 @@ import argparse
 import difflib
 import inspect
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytorch_lightning as pl
+import yaml
+from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
 from lightning_danns import data, modules
+from lightning_danns.errors import UsageError
+from lightning_danns.modules.arguments import imported
 
 COMMAND = "lightning-danns"
-LONGEST = 6
-"""Lines of an error; what a union of types complains about fills pages."""
+LONGEST = 5, 300
+"""Lines of an error, and characters of a line: what a union of types complains about fills pages."""
+
+CHATTER = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Expected a path",
+    "Given value",
+)
+"""How lines begin that say nothing which another line does not say better."""
+
+
+def few_lines(message: str) -> str:
+    """The lines of a message that tell something, the longest cut in their middle."""
+    width = LONGEST[1]
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")] or ["an empty config"]
+    telling = list(dict.fromkeys(line for line in lines if not line.startswith(CHATTER)))
+    values = [line for line in lines if line.startswith("Given value:") and not line.endswith(")")]  # no namespaces
+    telling += [line for line in values[:1] if not any(line[13:] in other for other in telling)]
+    telling = telling if len(telling) <= LONGEST[0] else [*telling[: LONGEST[0]], "..."]
+    cut = [line if len(line) <= width else f"{line[: width // 2]} ... {line[-width // 2 :]}" for line in telling]
+    return "\n  ".join(cut)
 
 
 class Parser(LightningArgumentParser):
@@ -26,16 +54,16 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        lines = [line.strip() for line in message.splitlines() if line.strip()] or ["an empty config"]
-        shown = lines if len(lines) <= LONGEST else [*lines[:LONGEST], "..."]
-        print("error: " + "\n  ".join(shown), file=sys.stderr)
+        print("error: " + few_lines(message), file=sys.stderr)
         known = _known()
-        words = [word.strip("'\"`,:;()[]{}<>-").rpartition(".")[2] for word in message.split()]
-        for word in dict.fromkeys(word for word in words if len(word) > 3 and word not in known):
-            nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
-            if nearest:
-                print(f"did you mean {nearest[0]!r} instead of {word!r}?", file=sys.stderr)
-                break
+        words = {
+            word.strip("'\"`,:;()[]{}<>-=").rpartition(".")[2].partition("=")[0] for word in few_lines(message).split()
+        }
+        unknown = [word for word in words if len(word) > 3 and not {word, word.lower()} & known]
+        pairs = [(word, near) for word in unknown for near in difflib.get_close_matches(word, known, 1, 0.75)]
+        if pairs:
+            word, near = max(pairs, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio())
+            print(f"did you mean {near!r} instead of {word!r}?", file=sys.stderr)
         print(f"all options: {COMMAND} fit --help", file=sys.stderr)
         self.exit(2)
 
@@ -47,6 +75,50 @@ def _known() -> set[str]:
             if inspect.isclass(value) and issubclass(value, pl.LightningModule | pl.LightningDataModule):
                 known |= {name, *(p for cls in value.__mro__[:-1] for p in inspect.signature(cls).parameters)}
     return known
+
+
+def refuse_inherited(config: Namespace, args: Any) -> None:
+    """An optimizer or a scheduler must not take over settings that a config file gave for another class.
+
+    The parser keeps the arguments that both classes know: a rate meant for SGD would be AdamW's.
+
+    Raises:
+        UsageError: names class, setting and file, and the option that says what is meant.
+    """
+    given = [str(arg) for arg in args] if isinstance(args, Sequence) else []
+    for name in ("optimizer", "lr_scheduler"):
+        now = (config.model.get("init_args") or {}).get(name)
+        if not isinstance(now, Namespace) or not isinstance(now.get("init_args"), Namespace):
+            continue
+        inherited: dict[str, str] = {}
+        for path in map(str, config.get("config") or []):
+            meant = _part(Path(path), name)
+            if meant is None:
+                continue
+            known, settings = str(meant.get("class_path", now.class_path)), meant.get("init_args") or {}
+            if known.rpartition(".")[2] == now.class_path.rpartition(".")[2]:
+                settings = dict.fromkeys(settings, "")
+            inherited |= {key: f"{known} in {path}" if value != "" else "" for key, value in settings.items()}
+        parameters = inspect.signature(imported(now.class_path)).parameters
+        for key, source in inherited.items():
+            value = now.init_args.get(key)
+            default = parameters[key].default if key in parameters else None
+            said = any(f".{name}" in arg and key in arg.partition(name)[2] for arg in given)
+            if source and value not in (None, default) and not said:
+                raise UsageError(
+                    f"{now.class_path} would take {key}={value} over from {source}: give --model.{name}.{key} "
+                    "(the same value, if it is meant)"
+                )
+
+
+def _part(path: Path, name: str) -> dict[str, Any] | None:
+    """What a config file says of the model's optimizer or scheduler, if it names settings."""
+    try:
+        content = yaml.safe_load(path.read_text())
+        part = content["model"]["init_args"][name]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+    return part if isinstance(part, dict) else None
 
 
 def refuse_option(value: Any) -> Any:

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from lightning_danns.errors import UsageError
@@ -54,14 +55,52 @@ def refuse_used_folder(folder: Path) -> None:
         )
 
 
-def keep_earlier(path: Path) -> Path | None:
+def keep_earlier(path: Path) -> None:
     """Give a log of an earlier start in the same folder another name, because the logger would wipe it."""
     if not path.exists() or not is_rank_zero():
-        return None
+        return
     number = 1
     while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
         number += 1
-    return path.rename(earlier)
+    path.rename(earlier)
+
+
+class _Late:
+    """A logger whose files are made when training (or testing, ...) starts; Lightning asks for them before."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.begun, self._waiting = False, []  # type: tuple[bool, list[Any]]
+
+    def begin(self) -> None:
+        """Make the files."""
+        self.begun = True
+        while self._waiting:
+            self.log_hyperparams(*self._waiting.pop(0))
+
+    @property
+    def experiment(self) -> Any:
+        return super().experiment if self.begun else None  # type: ignore[misc]
+
+    def log_hyperparams(self, *args: Any) -> None:
+        if self.begun:
+            super().log_hyperparams(*args)  # type: ignore[misc]
+        else:
+            self._waiting.append(args)
+
+    def save(self) -> None:
+        if self.begun:
+            super().save()  # type: ignore[misc]
+
+
+class LateCSVLogger(_Late, CSVLogger):
+    def begin(self) -> None:
+        if not self.begun:
+            keep_earlier(Path(self.log_dir) / "metrics.csv")
+        super().begin()
+
+
+class LateTensorBoardLogger(_Late, TensorBoardLogger): ...
 
 
 class RunRecord(pl.Callback):
@@ -76,12 +115,19 @@ class RunRecord(pl.Callback):
 
     def __init__(self, folder: Path, config: str, best: tuple[str, str]) -> None:
         self.folder, self.config, self.best = folder, config, best
+        self.best_value: float | None = None
+        self._started_at = 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            (self.folder / "result.yaml").unlink(missing_ok=True)
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_value": self.best_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_value = state_dict["best_value"]
 
     def _start(self, trainer: pl.Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, _Late):
+                logger.begin()
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +137,9 @@ class RunRecord(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer)
+        self._started_at = trainer.global_step
+        if trainer.is_global_zero:
+            (self.folder / "result.yaml").unlink(missing_ok=True)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer)
@@ -103,22 +152,35 @@ class RunRecord(pl.Callback):
             self._start(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
+        """Refuse to wait for what no validation logs; if there is a sanity check, before training starts."""
         logged = trainer.callback_metrics
-        stops = [callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping)]  # type: ignore[attr-defined]
-        for monitor in [callback.monitor for callback in stops]:
-            if monitor not in logged and not monitor.startswith("train"):
+        if trainer.state.fn != "fit" or not any(name.startswith("val") for name in logged):
+            return
+        self._note(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = str(getattr(callback, "monitor", ""))
+            if monitor.startswith("val") and monitor not in logged:
                 known = ", ".join(sorted(logged))
-                raise UsageError(f"EarlyStopping monitors {monitor!r}, which was not logged; these were: {known}")
+                raise UsageError(f"{type(callback).__name__}: monitor={monitor!r} was not logged; these were: {known}")
+
+    def _note(self, trainer: pl.Trainer) -> None:
+        """Keep the best value of the task's metric, whatever the checkpoints follow."""
+        monitor, mode = self.best
+        if monitor in trainer.callback_metrics and not trainer.sanity_checking:
+            value = float(trainer.callback_metrics[monitor])
+            values = [value] if self.best_value is None else [value, self.best_value]
+            self.best_value = max(values) if mode == "max" else min(values)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
             return
+        if trainer.global_step == self._started_at:
+            return  # a run that was at its end already keeps its result
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         monitor, mode = self.best
-        scores = [getattr(callback, "best_model_score", None) for callback in trainer.checkpoint_callbacks]
-        best = next((float(score) for score in scores if score is not None), metrics.get(monitor))
+        if not monitor.startswith("val_"):
+            self._note(trainer)
+        best = self.best_value
         result = {
             "ended_by": _ended_by(trainer),
             "epochs": trainer.current_epoch,

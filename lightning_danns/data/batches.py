@@ -132,7 +132,7 @@ class BatchDataset(Dataset):
         raise NotImplementedError
 
     def end_pass(self) -> None:
-        """Called in the main process when the last batch of a pass is there."""
+        """Called in the main process with the last batch of a pass, and at the end of a fit, test or other run."""
 
     def __getitem__(self, index: BatchIndex | list[BatchIndex]) -> Any:
         """The batch of an index; of a list of them the stacked batches."""

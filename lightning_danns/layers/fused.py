@@ -26,6 +26,7 @@ from lightning_danns.layers.dann import EPS
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding and dilation of a convolution."""
+POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 
 def in_half(x: Tensor) -> bool:
@@ -149,18 +150,16 @@ class DivisiveConv2d(torch.autograd.Function):
         subtracted, divided = inhibited.chunk(2)  # gradients of z_i as it subtracts, of gain z_i
         dalpha = (divided * gained).sum(PIXELS)
         drives = torch.cat([dv, torch.addcmul(subtracted, gain, divided)], 1)
-        dx, dW = _gradients(drives, x, torch.cat([Wex, Wix]), *ctx.geometry, needed[0], needed[1] or needed[2])
+        dx, dW = _gradients(drives, x, torch.cat([Wex, Wix]), ctx.geometry, (needed[0], needed[1] or needed[2]))
         dWex, dWix = (None, None) if dW is None else (dW[:ne], dW[ne:])
         return dx, dWex, dWix, -dWei[:, :, 0, 0], dalpha, dg, db, None
 
 
 def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: Any = (1, 1), padding: Any = (0, 0), dilation: Any = (1, 1),
-    *needed: bool,
-) -> tuple[Any, Any]:  # fmt: skip
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry = POINTWISE, needed: tuple[bool, bool] = (True, True)
+) -> tuple[Any, Any]:
     """Of a convolution's input and weight, both in one call (`torch.nn.grad` takes two)."""
-    mask = (*(needed or (True, True)), False)
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, dilation, False, (0, 0), 1, mask
+        dy, x, weight, None, *geometry, False, (0, 0), 1, (*needed, False)
     )
     return dx, dweight

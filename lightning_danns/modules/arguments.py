@@ -9,6 +9,7 @@ numbers, lists and strings. What has no such form (a lambda, an object) is kept 
 import functools
 import inspect
 from collections.abc import Mapping
+from enum import Enum
 from importlib import import_module
 from pathlib import PurePath
 from typing import Any
@@ -47,7 +48,9 @@ def plain(value: Any) -> Any:
     """``value`` made of None, bool, int, float, str, list and dict alone."""
     if isinstance(value, np.generic | np.ndarray | torch.Tensor):  # first: a float64 is a float too
         return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, PurePath):
         return str(value)
@@ -58,6 +61,8 @@ def plain(value: Any) -> Any:
     made: Any = direct(value)
     init_args: dict[str, Any] = {}
     if isinstance(made, functools.partial):
+        if made.args or any(isinstance(argument, torch.Tensor) for argument in made.keywords.values()):
+            return {NOT_SAVED: repr(value)}
         made, init_args = made.func, plain(made.keywords)
     path = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', '')}"
     try:
@@ -70,8 +75,8 @@ def plain(value: Any) -> Any:
 
 
 def direct(factory: Any) -> Any:
-    """The partial of a class itself, of a parser's partial that has the class among its arguments; else ``factory``."""
-    if isinstance(factory, functools.partial) and not isinstance(factory.func, type):
+    """The partial of a class itself, of jsonargparse's partial that has it among its arguments; else ``factory``."""
+    if isinstance(factory, functools.partial) and factory.func.__module__.startswith("jsonargparse"):
         for part in factory.args:
             if isinstance(part, type):
                 return functools.partial(part, **factory.keywords)
@@ -108,13 +113,20 @@ def made_of(factory: Any, name: str, example: str) -> Any:
     Raises:
         UsageError: it is no function.
     """
-    if isinstance(factory, Mapping) and NOT_SAVED in factory:
-        rank_zero_warn(f"the checkpoint could not keep {name}={factory[NOT_SAVED]}: give it again, to train on")
+    if was_lost(factory, name):
         return lambda *args, **kwargs: _lost(name)
     factory = direct(restored(factory))
     if not callable(factory):
         raise UsageError(f"{name}={factory!r}: give a function such as {example}")
     return factory
+
+
+def was_lost(value: Any, name: str) -> bool:
+    """Whether a checkpoint could not keep an argument; says so."""
+    lost = isinstance(value, Mapping) and NOT_SAVED in value
+    if lost:
+        rank_zero_warn(f"the checkpoint could not keep {name}={value[NOT_SAVED]}: give it again, to train on")
+    return lost
 
 
 def _lost(name: str) -> None:

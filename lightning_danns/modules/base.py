@@ -1,6 +1,9 @@
 """Any network under Dale's principle as a LightningModule: parameter groups, projection, plain arguments. No task."""
 
+import inspect
 import os
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -10,10 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_danns.callbacks import DaleProjection, FisherMonitor
+from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_conflicts, refuse_unlogged
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
-from lightning_danns.modules.arguments import accepts, made_of, plain, restored
+from lightning_danns.modules.arguments import NOT_SAVED, accepts, imported, made_of, plain
 from lightning_danns.modules.resume import ANEW, refuse_other_network, refuse_other_optimizer
 from lightning_danns.modules.schedule import scheduled, step_plateaus
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
@@ -51,7 +54,11 @@ class DaleLightningModule(pl.LightningModule):
         weight_decay: float | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
+        if optimizer is inspect.signature(DaleLightningModule).parameters["optimizer"].default:
+            self.save_hyperparameters(logger=False, ignore="optimizer")
+            optimizer = partial(torch.optim.SGD, lr=0.1)  # which processes that are spawned can get a copy of
+        else:
+            self.save_hyperparameters(logger=False)
         for name, value in list(self.hparams.items()):
             if accepts(type(self), name):
                 self.hparams[name] = plain(value)
@@ -59,7 +66,11 @@ class DaleLightningModule(pl.LightningModule):
                 del self.hparams[name]
         self.optimizer_factory = made_of(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
         self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")
-        self.correction = correction_of(restored(correction))
+        if isinstance(correction, str) and "." in correction:
+            correction = imported(correction)
+        if isinstance(correction, Mapping) and (NOT_SAVED in correction or "class_path" in correction):
+            correction = made_of(correction, "correction", "'fisher'")
+        self.correction = correction_of(correction)
         self.rates, self.weight_decay = rates, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,15 +102,24 @@ class DaleLightningModule(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         step_plateaus(self)
+        refuse_unlogged(self.trainer)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """`DaleProjection`, and `FisherMonitor` for measured factors, unless the Trainer has them already."""
         wanted = [DaleProjection, *([FisherMonitor] if self.correction is measured else [])]
         present = self.trainer.callbacks  # type: ignore[attr-defined]
+        refuse_conflicts(self, present)
         return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in present)]
 
     def on_fit_start(self) -> None:
         """Tell the loggers what is trained: class, seed and arguments."""
+        compiled = next((name for name in self.state_dict() if "_orig_mod." in name), None)
+        if compiled is not None:
+            path = compiled.partition("._orig_mod.")[0]
+            raise UsageError(
+                f"torch.compile(self.{path}) would be saved as {compiled}, which does not reload: compile it in place, "
+                f"self.{path}.compile()"
+            )
         described = {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.hparams}
         for logger in self.loggers:
             logger.log_hyperparams({"seed": os.environ.get("PL_GLOBAL_SEED"), **described})
@@ -111,8 +131,7 @@ class DaleLightningModule(pl.LightningModule):
         if callbacks and not projected and any(dale_layers(self)):  # a search for a batch size has none, and undoes all
             raise UsageError(
                 f"nothing would project the signed weights of {type(self).__name__}: its configure_callbacks must "
-                "return those of super() too. (The Tuner's lr_find sets callbacks aside: search rates with "
-                "python -m lightning_danns.sweep)"
+                "return those of super() too"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -129,7 +148,8 @@ class DaleLightningModule(pl.LightningModule):
             raise UsageError("the checkpoint holds weights alone, so no fit can continue from it: test it, " + ANEW)
         if self.trainer.training and type(self).configure_optimizers is DaleLightningModule.configure_optimizers:
             groups = fisher_optimizer(self.optimizer_factory, self.parameter_groups()).param_groups
-            refuse_other_optimizer(groups, checkpoint.get("optimizer_states", []), self.correction is measured)
+            states, constant = checkpoint.get("optimizer_states", []), self.lr_scheduler_factory is None
+            refuse_other_optimizer(groups, states, measured=self.correction is measured, constant=constant)
 
     @property
     def attached(self) -> bool:

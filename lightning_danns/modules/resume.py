@@ -7,6 +7,9 @@ import pytorch_lightning as pl
 
 from lightning_danns.errors import UsageError
 
+KEPT = ("weight_decay", "momentum", "betas", "base_rate")
+"""Settings of a group that a resumed fit takes from its checkpoint, besides its rate."""
+
 ANEW = "or start anew from its weights (load_from_checkpoint)"
 
 
@@ -31,11 +34,19 @@ def refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, An
     )
 
 
-def refuse_other_optimizer(ours: list[dict[str, Any]], states: list[dict[str, Any]], measured: bool) -> None:
-    """Refuse the state of an optimizer with other factors (unless they are measured anew) or of another kind.
+def refuse_other_optimizer(
+    ours: list[dict[str, Any]], states: list[dict[str, Any]], *, measured: bool, constant: bool
+) -> None:
+    """Refuse the state of an optimizer with other factors (unless they are measured anew) or settings, or another kind.
+
+    Args:
+        ours: groups of the module's own optimizer, before its first step.
+        states: of the optimizers in the checkpoint.
+        measured: whether factors are measured anew.
+        constant: whether rates are constant (no scheduler).
 
     Raises:
-        UsageError: says how many groups there are on either side, or which settings are missing.
+        UsageError: says how many groups there are on either side, or which setting differs or is missing.
     """
     theirs = states[0]["param_groups"] if states else []
     if not theirs or not all("lr_scale" in group for group in (*ours, *theirs)):
@@ -46,6 +57,16 @@ def refuse_other_optimizer(ours: list[dict[str, Any]], states: list[dict[str, An
             f"the checkpoint was trained with other learning-rate factors: {len(their_scales)} groups there, "
             f"{len(our_scales)} here. Resume with the same correction, {ANEW}"
         )
+    for ours_, theirs_ in zip(ours, theirs, strict=True):
+        changed = {key: (ours_.get(key), theirs_.get(key)) for key in KEPT if key in ours_ and key in theirs_}
+        if not measured and (constant or "initial_lr" in theirs_):  # which schedulers leave as it was
+            changed["lr"] = ours_["lr"], theirs_.get("initial_lr", theirs_["lr"])
+        for key, (here, there) in changed.items():
+            if here != there:
+                raise UsageError(
+                    f"{key}={here} of group {ours_['name']!r}, but the checkpoint goes on with {there}, because a "
+                    f"resumed fit keeps its optimizer's settings. Leave them as they were, {ANEW}"
+                )
     missing = set(ours[0]) - set(theirs[0])
     if missing:
         raise UsageError(

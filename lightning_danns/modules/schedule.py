@@ -1,6 +1,7 @@
 """The scheduler of a module: its length, how often it steps, and what a plateau is measured by."""
 
 import inspect
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,11 +23,13 @@ def scheduled(module: pl.LightningModule, factory: Any, optimizer: Optimizer) ->
     parameters, length = inspect.signature(factory).parameters, {}
     if "total" in parameters and parameters["total"].default is None:
         interval = parameters["interval"].default if "interval" in parameters else "epoch"
-        epochs, steps = module.trainer.max_epochs or 0, module.trainer.estimated_stepping_batches
-        total = epochs if interval == "epoch" and epochs > 0 else steps
+        trainer = module.trainer
+        total = trainer.estimated_stepping_batches
+        if interval == "epoch":
+            total /= math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if total == float("inf"):
             raise UsageError("the schedule spans the whole fit, which has no end: give max_epochs or max_steps")
-        length = {"total": int(total)}
+        length = {"total": math.ceil(total)}
     rehearse(lambda stand_in: factory(stand_in, **length), optimizer)
     scheduler = factory(optimizer, **length)
     config = {"scheduler": scheduler, "interval": getattr(scheduler, "interval", "epoch")}

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -14,7 +13,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import R2Score
 
 from lightning_danns.errors import UsageError
-from lightning_danns.modules.arguments import NOT_SAVED, restored
+from lightning_danns.layers import dale_layers
+from lightning_danns.modules.arguments import NOT_SAVED, restored, was_lost
 from lightning_danns.modules.base import DaleLightningModule
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -23,9 +23,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 class Task(DaleLightningModule):
     """Learns targets from inputs. A task overrides what differs:
 
-    `step`, which makes outputs, targets and loss of a batch (here a pair of inputs and targets); `likelihood`; `check`,
-    which refuses wrong batches; and ``best``. Every epoch logs ``train_loss``, ``val_loss``, ``test_loss`` and the
-    metrics under the same prefixes; of several loaders, the second counts as ``val_1`` and so on.
+    `step`, which makes outputs, targets and loss of a batch (here a pair of inputs and targets); `likelihood`; `check`
+    and `check_inputs`, which refuse wrong batches; and ``best``. Every epoch logs ``train_loss``, ``val_loss``,
+    ``test_loss`` and the metrics under the same prefixes; of several loaders, the second counts as ``val_1`` and so on.
 
     Args:
         loss: a function of outputs and targets; the mean over the batch.
@@ -35,10 +35,7 @@ class Task(DaleLightningModule):
 
     def __init__(self, loss: Callable | None = None, metrics: dict[str, Metric] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if isinstance(loss, Mapping) and NOT_SAVED in loss:
-            rank_zero_warn(f"the checkpoint could not keep loss={loss[NOT_SAVED]}: give it again, to train on")
-            loss = None
-        loss = restored(loss)
+        loss = None if was_lost(loss, "loss") else restored(loss)
         if isinstance(loss, type):
             loss = loss()
         self.loss: Loss = F.mse_loss if loss is None else loss
@@ -65,25 +62,39 @@ class Task(DaleLightningModule):
 
     def check(self, batch: Any) -> None:
         """Refuse a batch that would train to wrong numbers; asked for the first of every epoch and loader."""
+        self.check_inputs(batch[0])
+
+    def check_inputs(self, inputs: Any) -> None:
+        """The part of `check` that predictions ask for too; here, inputs of the precision of the weights."""
+        weight = next(self.parameters(), None)
+        if isinstance(inputs, Tensor) and weight is not None and inputs.dtype != weight.dtype:
+            raise UsageError(
+                f"inputs of {inputs.dtype} for weights of {weight.dtype}: convert them "
+                f"({'images.float() / 255' if inputs.dtype == torch.uint8 else f'x.to({weight.dtype})'})"
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self._counted(batch, batch_idx, "train")
+        loss = self.counted(batch, batch_idx, "train")
         for optimizer in self.trainer.optimizers:
             if hasattr(optimizer, "update_fisher"):  # DiagonalNGD, and others that learn from per-sample gradients
-                optimizer.update_fisher(self.network, batch[0], self.likelihood)
+                optimizer.update_fisher(self.network, batch[0], likelihood=self.likelihood)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._counted(batch, batch_idx, self._stage("val", self.trainer.val_dataloaders, dataloader_idx))
+        self.counted(batch, batch_idx, self._stage("val", self.trainer.val_dataloaders, dataloader_idx))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._counted(batch, batch_idx, self._stage("test", self.trainer.test_dataloaders, dataloader_idx))
+        self.counted(batch, batch_idx, self._stage("test", self.trainer.test_dataloaders, dataloader_idx))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Outputs for the inputs of a batch."""
-        return self(batch if isinstance(batch, Tensor) else batch[0])
+        inputs = batch if isinstance(batch, Tensor) else batch[0]
+        if batch_idx == 0:
+            self.check_inputs(inputs)
+        return self(inputs)
 
-    def _counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+    def counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+        """Loss of one batch, counted into the metrics of ``stage``; the first batch of an epoch starts them anew."""
         of_stage = self.metrics_of(stage)
         if batch_idx == 0:
             self.check(batch)
@@ -111,37 +122,52 @@ class Task(DaleLightningModule):
             return str(list(loaders)[index])
         return f"{stage}_{index}" if index else stage
 
-    def _log_epoch(self, stages: Sequence[str]) -> None:
+    def log_epoch(self, stages: Sequence[str]) -> None:
+        """Log what the metrics of ``stages`` have counted in an epoch."""
         for stage in stages:
-            of_stage = self.metrics_of(stage)
-            for place, metric in of_stage.named_modules():  # Lightning looks for metrics of its own accord only once
-                if isinstance(metric, Metric):
-                    name = f"{stage}_{place.rpartition('.')[2]}"
-                    self.log(name, metric, prog_bar=True, metric_attribute=f"metrics.of_{stage}.{place}")
+            for name, (place, metric) in self._logged(stage).items():  # Lightning looks for metrics itself only once
+                attribute = f"metrics.of_{stage}.{place}"
+                self.log(name, metric, prog_bar=True, logger=stage != "train", metric_attribute=attribute)
+
+    def _logged(self, stage: str) -> dict[str, tuple[str, Metric]]:
+        """By the name that it is logged under, the place of each metric in those of ``stage``, and itself."""
+        modules = self.metrics_of(stage).named_modules()
+        found = {place: metric for place, metric in modules if isinstance(metric, Metric)}
+        return {f"{stage}_{place.rpartition('.')[2]}": (place, metric) for place, metric in found.items()}
 
     def on_train_epoch_end(self) -> None:
-        self._log_epoch(["train"])
+        self.log_epoch(["train"])
+        # written here, because Lightning does it after the epoch's checkpoint: a run killed in between would lack a row
+        row = {name: float(metric.compute()) for name, (_, metric) in self._logged("train").items()}
+        for logger in self.loggers:
+            logger.log_metrics({**row, "epoch": self.current_epoch}, self.global_step - 1)
+            logger.save()
         super().on_train_epoch_end()
 
     def on_validation_epoch_end(self) -> None:
         loaders = self.trainer.val_dataloaders
-        self._log_epoch([self._stage("val", loaders, k) for k in range(_count(loaders))])
+        self.log_epoch([self._stage("val", loaders, k) for k in range(_count(loaders))])
 
     def on_test_epoch_end(self) -> None:
         loaders = self.trainer.test_dataloaders
-        self._log_epoch([self._stage("test", loaders, k) for k in range(_count(loaders))])
+        self.log_epoch([self._stage("test", loaders, k) for k in range(_count(loaders))])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the metrics of a training epoch have counted so far, in all processes."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["train_metrics"] = [_counts(metric) for metric in _metrics(self.metrics_of("train"))]
+        logged = self._logged("train").values()
+        checkpoint["train_metrics"] = {place: _counts(metric) for place, metric in logged}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if "train_metrics" in checkpoint and self.global_rank == 0:  # the counts are those of all processes
-            for metric, counts in zip(_metrics(self.metrics_of("train")), checkpoint["train_metrics"], strict=True):
-                for name, value in counts.items():
-                    setattr(metric, name, value.to(self.device))
+        if not isinstance(self.loss, nn.Module):  # a checkpoint could not keep it, but has its buffers
+            for name in [name for name in checkpoint.get("state_dict", {}) if name.startswith("loss.")]:
+                del checkpoint["state_dict"][name]
+        if self.attached and self.global_rank == 0:  # the counts are those of all processes
+            metrics = dict(self._logged("train").values())
+            for place, counts in checkpoint.get("train_metrics", {}).items():
+                for name, value in counts.items() if place in metrics else ():
+                    setattr(metrics[place], name, _on(value, self.device))
 
 
 class Classification(Task):
@@ -223,7 +249,7 @@ class Classification(Task):
                 f"labels from {int(labels.min())} to {int(labels.max())}: the {self.num_classes} classes are numbered "
                 f"from 0 to {self.num_classes - 1}"
             )
-        _refuse_other_precision(inputs, self)
+        self.check_inputs(inputs)
 
 
 class ImageClassifier(Classification):
@@ -252,9 +278,15 @@ class ImageClassifier(Classification):
         super().__init__(**kwargs)
         self.input_shape = tuple(input_shape)
 
-    def check(self, batch: Any) -> None:
-        super().check(batch)
-        highest = float(batch[0].detach().max()) if batch[0].numel() else 0.0
+    def check_inputs(self, inputs: Any) -> None:
+        """Refuse what is no pixel in [0, 1], in controls too, which are compared on the same images."""
+        super().check_inputs(inputs)
+        lowest, highest = (float(x) for x in inputs.detach().aminmax()) if inputs.numel() else (0.0, 0.0)
+        if lowest < 0 and not any(dale_layers(self)):  # signed layers say themselves what reaches them (DaleProjection)
+            raise UsageError(
+                f"the images have an input of {lowest:.4g}, but inputs must be >= 0: give pixels in [0, 1] (not "
+                "normalised by mean and std), or override check_inputs"
+            )
         if highest > BRIGHTEST:
             raise UsageError(f"pixels up to {highest:.4g}: scale them to [0, 1], as x / 255 does")
 
@@ -293,9 +325,6 @@ class Regression(Task):
         """Gaussian of variance 1 around the outputs, whose negative logarithm is half the squared error."""
         return Normal(outputs, 1.0, validate_args=False)
 
-    def check(self, batch: Any) -> None:
-        _refuse_other_precision(batch[0], self)
-
 
 class _NoScores(nn.Module):
     """Stands for a collection of no metrics, which torchmetrics does not allow."""
@@ -307,6 +336,8 @@ class _NoScores(nn.Module):
 
 def _only_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     kept = {name: m for name, m in metrics.items() if not (isinstance(m, Mapping) and NOT_SAVED in m)}
+    if "loss" in metrics:
+        raise UsageError("metrics['loss']: the loss is logged under that name; give the metric another")
     made = {name: restored(metric) for name, metric in kept.items()}
     made = {
         name: metric() if not isinstance(metric, Metric) and callable(metric) else metric
@@ -318,23 +349,17 @@ def _only_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
     return made
 
 
-def _refuse_other_precision(inputs: Any, module: nn.Module) -> None:
-    weight = next(module.parameters(), None)
-    if isinstance(inputs, Tensor) and weight is not None and inputs.dtype != weight.dtype:
-        raise UsageError(
-            f"inputs of {inputs.dtype} for weights of {weight.dtype}: convert them "
-            f"({'images.float() / 255' if inputs.dtype == torch.uint8 else f'x.to({weight.dtype})'})"
-        )
-
-
 def _count(loaders: Any) -> int:
     return len(loaders) if isinstance(loaders, Sequence | Mapping) else int(loaders is not None)
 
 
-def _metrics(module: nn.Module) -> list[Metric]:
-    return [metric for metric in module.modules() if isinstance(metric, Metric)]
-
-
 def _counts(metric: Metric) -> dict[str, Any]:
     with metric.sync_context():  # over all processes
-        return {name: value.clone() for name, value in metric.metric_state.items() if isinstance(value, Tensor)}
+        return {name: _on(value, None) for name, value in metric.metric_state.items()}
+
+
+def _on(value: Any, device: torch.device | None) -> Any:
+    """A copy of a metric's state, which may be a list, on a device."""
+    if isinstance(value, list):
+        return [_on(item, device) for item in value]
+    return value.clone() if device is None else value.to(device)

@@ -8,6 +8,7 @@ or `fisher_param_groups`:
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -65,14 +66,17 @@ def correction_of(given: Any) -> Correction:
     if isinstance(given, str) and given in BY_NAME:
         return BY_NAME[given]
     if isinstance(given, Mapping):
-        factors = dict(given)
-        return lambda model: factors
+        return partial(_as_given, dict(given))
     if not callable(given) or isinstance(given, type):
         raise UsageError(
             f"correction={given!r}: choose 'fisher', 'measured' or 'none', or give a function from a model to factors "
             "by parameter name, or a mapping of such"
         )
     return given
+
+
+def _as_given(factors: dict[str, float], model: nn.Module) -> dict[str, float]:
+    return factors
 
 
 def factors_of(model: nn.Module, correction: Any) -> dict[str, float]:

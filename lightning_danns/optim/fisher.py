@@ -67,8 +67,9 @@ def mean_squared_gradients(
     values = {name: p.detach() for name, p in parameters.items()}
 
     def loss(values: dict[str, Tensor], x: Tensor) -> Tensor:
-        predicted = likelihood(functional_call(network, values, (x[None],)))
-        return -predicted.log_prob(predicted.sample()).sum()
+        outputs = functional_call(network, values, (x[None],))
+        y = likelihood(outputs.detach().nan_to_num()).sample()  # a network that has diverged is told by its weights
+        return -likelihood(outputs).log_prob(y).sum()
 
     gradients = vmap(grad(loss), in_dims=(None, 0), randomness="different")
     total = {name: torch.zeros_like(value) for name, value in values.items()}

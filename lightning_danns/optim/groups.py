@@ -74,7 +74,10 @@ def fisher_param_groups(
         decay = {} if weight_decay is None else {"weight_decay": weight_decay if parameter.dim() > 1 else 0.0}
         group = name
         if factor == 1 and parameter not in named:
-            group = (base or "base") + ("/no decay" if 0.0 in decay.values() else "")
+            suffix = "/no decay" if 0.0 in decay.values() else ""
+            group = (f"base of {base}" if base else "base") + suffix
+            if group in parameters:
+                raise UsageError(f"a parameter is called {group!r}, like the group of all others: give it another name")
         rate = {"base_rate": rates[base]} if base else {}
         new = {"name": group, "params": [], "lr_scale": factor, "signed": [], "base": base}
         of_this = groups.setdefault(group, {**new, **rate, **decay})
@@ -195,5 +198,6 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
                     f"{culprit} set learning rates that destroy the learning-rate factors: base rate {low:.4g} in "
                     f"group {low_name!r} but {high:.4g} in {high_name!r}. Scale the base rate instead: "
                     "lightning_danns.WarmupCosine (with a floor relative to lr) and most torch schedulers (StepLR, "
-                    "ExponentialLR, LinearLR, CosineAnnealingLR with eta_min=0) do; or use correction='none'"
+                    "ExponentialLR, LinearLR, CosineAnnealingLR with eta_min=0, ReduceLROnPlateau with "
+                    "eps=0) do; or use correction='none'"
                 )

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
 
 from lightning_danns.errors import UsageError
 from lightning_danns.optim.groups import require_factors
@@ -82,7 +82,7 @@ class Sequential(SequentialLR):
     def __init__(
         self,
         optimizer: Optimizer,
-        schedulers: Sequence[Callable[[Optimizer], Any]],
+        schedulers: Sequence[Callable[[Optimizer], LRScheduler]],
         milestones: list[int],
         interval: Literal["step", "epoch"] = "epoch",
     ) -> None:

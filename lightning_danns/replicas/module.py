@@ -9,10 +9,11 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 
 from lightning_danns.atomic import replacing
-from lightning_danns.callbacks import DaleDiagnostics, DaleProjection
+from lightning_danns.callbacks import DaleDiagnostics, DaleProjection, refuse_conflicts
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import restored
 from lightning_danns.modules.tasks import ImageClassifier
@@ -193,7 +194,7 @@ class ReplicatedClassifier(ImageClassifier):
         for module, training in modes:
             module.training = training
 
-    def _counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+    def counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
         if batch_idx == 0:
             self.check(batch)
             self._uncounted[stage] = []
@@ -217,7 +218,7 @@ class ReplicatedClassifier(ImageClassifier):
             replica.metrics_of(stage)["loss"].update(losses[:, k], sizes)
             replica.metrics_of(stage)["scores"].update(outputs[k], targets[k])
 
-    def _log_epoch(self, stages: Sequence[str]) -> None:
+    def log_epoch(self, stages: Sequence[str]) -> None:
         for stage in stages:
             self._count(stage)
             for place, mean in self.metrics_of(stage).named_modules():
@@ -230,7 +231,7 @@ class ReplicatedClassifier(ImageClassifier):
                     self.log_dict({f"{name}/{k}": value for k, value in enumerate(values)})
                     if not self.trainer.sanity_checking:
                         self._newest[name] = values.tolist()
-        super()._log_epoch(stages)
+        super().log_epoch(stages)
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
@@ -299,13 +300,14 @@ class ReplicatedClassifier(ImageClassifier):
         optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
         if hasattr(optimizer, "update_fisher"):
             raise UsageError(f"{type(optimizer).__name__} estimates the Fisher information of one network, not of many")
-        if isinstance(configured, dict) and "monitor" in configured["lr_scheduler"]:
+        if isinstance(configured, dict) and isinstance(configured["lr_scheduler"]["scheduler"], ReduceLROnPlateau):
             raise UsageError("ReduceLROnPlateau follows one validation loss, and would tie the replicas to each other")
         return configured
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """`ReplicaProjection` instead of `DaleProjection`, and `ReplicaCheckpoint` where the Trainer writes."""
         present: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        refuse_conflicts(self, present)
         projected = any(isinstance(c, DaleProjection) and type(c) is not DaleProjection for c in present)
         writes = self.trainer.checkpoint_callbacks or (self.trainer.testing and self.trainer.loggers)
         saved = any(isinstance(c, ReplicaCheckpoint) for c in present) or not writes

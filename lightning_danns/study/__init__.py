@@ -1,6 +1,6 @@
 """Studies: search of settings, comparison of configs over seeds, and the report of both.
 
-    settings  <-  queue  <-  {search, comparison}        settings  <-  runs  <-  {tables, figures}  <-  report
+    settings  <-  queue  <-  {search, comparison}        settings  <-  runs  <-  tables  <-  report
 
 Trials are Optuna's: its storage says who trains what. What came of a run is said by its folder alone.
 """
@@ -19,13 +19,11 @@ def command(room: str, args: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*( is experimental|experimental feature|LightningCLI's args)")  # meant
             return import_module(f"{__name__}.{room}").main(list(sys.argv[1:] if args is None else args))
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("optuna", "sqlalchemy", "pandas", "matplotlib", "scipy"):
-            raise
-        message, status = f'studies need {error.name}: pip install "lightning-danns[study]"', 2
+    except ModuleNotFoundError as error:
+        print(f'error: {error}: studies need pip install "lightning-danns[study]"', file=sys.stderr)
     except (UsageError, OSError) as error:
-        message, status = str(error), 2
+        print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        message, status = "interrupted: the same command goes on", 130
-    print(f"error: {message}", file=sys.stderr)
-    return status
+        print("\ninterrupted: the same command goes on", file=sys.stderr)
+        return 130
+    return 2

@@ -44,15 +44,13 @@ def plan(configs: Sequence[Path], seeds: Sequence[int], folder: Path, fit_args: 
         if config.stem in arms:
             raise UsageError(f"{config}: another config would have the same folder, {folder / config.stem}")
         arms[config.stem] = [f"--config={config}", *fit_args]
-    if len(set(seeds)) < len(seeds):
-        raise UsageError(f"--seeds {' '.join(map(str, seeds))}: each must be there once")
     settings = {arm: settings_of(args) for arm, args in arms.items()}
-    of_seed = {seed: {"seed_everything": seed} for seed in seeds}
-    return {
-        f"{arm}/seed_{k}": Run(folder / arm / f"seed_{k}", [*arms[arm], f"--seed_everything={k}"], settings[arm] | seed)
-        for k, seed in of_seed.items()
-        for arm in arms
-    }
+    runs = {}
+    for seed in seeds:
+        for arm, args in arms.items():
+            run_dir, given = folder / arm / f"seed_{seed}", {"seed_everything": seed}
+            runs[f"{arm}/seed_{seed}"] = Run(run_dir, [*args, f"--seed_everything={seed}"], settings[arm] | given)
+    return runs
 
 
 def main(args: Sequence[str]) -> int:
@@ -79,6 +77,8 @@ def main(args: Sequence[str]) -> int:
 
     def train(trial: Trial) -> float:
         name = trial.user_attrs["run"]  # which may be of another command on the same folder
+        if name in runs and runs[name].finished():  # since it was queued, by another process
+            raise optuna.TrialPruned
         queue.fit(left.get(name, trial.user_attrs["args"]), options.folder / name)
         return float(result_of(options.folder / name).get("best") or 0)  # to be shown; what is done, the folder tells
 

@@ -6,6 +6,7 @@ Any number of processes that see the storage may take trials from the queue. A p
 
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from lightning_danns.study.settings import DEFAULTS
 HEARTBEAT, GRACE, RETRIES = 20, 60, 3
 
 
-class FailedRun(Exception):  # noqa: N818
+class FitError(UsageError):
     """A fit ended with an error; the text says which."""
 
 
@@ -42,25 +43,22 @@ def open_storage(folder: Path, url: str | None) -> RDBStorage:
         if ready:
             connection.execute("BEGIN IMMEDIATE")
 
-    def connect() -> sqlite3.Connection:  # to a path as it is, which in a URL would need escapes
-        return sqlite3.connect(folder / "study.db", timeout=60, isolation_level=None, check_same_thread=False)
-
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
-    engine = {} if url else {"creator": connect, "pool_events": [(begin, "checkout")]}
+    file: Any = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
+    opened = {"creator": lambda: sqlite3.connect(folder / "study.db", **file), "pool_events": [(begin, "checkout")]}
     retry = RetryHeartbeatStaleTrialCallback(RETRIES, inherit_intermediate_values=True)
     beat: Any = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE, "heartbeat_stale_trial_callback": retry}
     for pause in (1, 1, 1, 1, 0):
         try:
-            storage = RDBStorage(url or "sqlite:///study.db", engine, **beat)
+            storage = RDBStorage(url or "sqlite:///study.db", {} if url else opened, **beat)
+            break
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
             if not pause:
                 raise UsageError(f"storage {url or folder / 'study.db'}: {error}") from error
             time.sleep(pause * random.random())  # another process makes it at this moment
-        else:
-            ready = True
-            break
+    ready = True
     return storage
 
 
@@ -72,14 +70,10 @@ def fill(study: optuna.Study, runs: Mapping[str, Sequence[str]], again: bool) ->
             study.enqueue_trial({}, user_attrs={"run": name, "args": list(args)})
 
 
-def trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
-    """Trials that are from the queue, in these states (default: in all)."""
-    return [t for t in study.get_trials(deepcopy=False, states=states or None) if "run" in t.user_attrs]
-
-
-def names(study: optuna.Study, *states: TrialState) -> list[str]:
-    """Names of the runs that `trials` are for."""
-    return [trial.user_attrs["run"] for trial in trials(study, *states)]
+def names(study: optuna.Study, *states: TrialState) -> dict[str, int]:
+    """Names of the runs that there are trials for in these states (default: in all), and the first trial's number."""
+    trials = study.get_trials(deepcopy=False, states=states or None)
+    return {trial.user_attrs["run"]: trial.number for trial in reversed(trials) if "run" in trial.user_attrs}
 
 
 def described(params: Mapping[str, Any]) -> str:
@@ -91,14 +85,13 @@ def work(study: optuna.Study, train: Callable[[Trial], float]) -> None:
     """Train one run after the other, until the queue is empty and no process of a running trial is found dead."""
 
     def objective(trial: Trial) -> float:
-        name = trial.user_attrs.get("run")
+        name = trial.user_attrs.get("run", "")
         # two commands that began at once may have queued a run twice, and another process may have emptied the queue
-        queued = trials(study, TrialState.WAITING, TrialState.RUNNING)
-        if name is None or any(t.user_attrs["run"] == name and t.number < trial.number for t in queued):
+        if names(study, TrialState.WAITING, TrialState.RUNNING).get(name) != trial.number:
             raise optuna.TrialPruned
         try:
             return train(trial)
-        except FailedRun as error:
+        except FitError as error:
             trial.set_user_attr("ended", f"failed, {error}")
             raise
         except (KeyboardInterrupt, SystemExit) as end:  # Ctrl-C, SIGTERM: back into the queue
@@ -114,7 +107,7 @@ def work(study: optuna.Study, train: Callable[[Trial], float]) -> None:
     while time.monotonic() < last + 1.5 * GRACE:
         optuna.storages.fail_stale_trials(study)
         if names(study, TrialState.WAITING):
-            study.optimize(objective, n_trials=1, catch=(FailedRun,), callbacks=[tell])
+            study.optimize(objective, n_trials=1, catch=(FitError,), callbacks=[tell])
             last = time.monotonic()
         elif names(study, TrialState.RUNNING):
             time.sleep(min(2, GRACE / 10))
@@ -144,13 +137,12 @@ def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback] = ()
     except SystemExit as end:
         if end.code != 2:
             raise
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise FailedRun(said[-1] if said else f"see {log}") from end
+        said = re.findall("^error: (.*)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+        raise FitError(said[-1] if said else f"see {log}") from end
     except Exception as error:
         with open(log, "a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
-        raise FailedRun(f"{type(error).__name__}: {error} (see {log})") from error
+        raise FitError(f"{type(error).__name__}: {error} (see {log})") from error
 
 
 @contextmanager

@@ -31,9 +31,6 @@ def load_runs(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     A row for each run and epoch, with its metrics and what is known of the run. ``trial``: it is one of a sweep.
     ``finished``: nothing is left to train (taken for true without ``config.yaml``). ``diverged``: its last training
     loss is no number. ``monitor, mode``: what its task is judged by. ``checkpoint_test_*``: what ``test`` found.
-
-    Raises:
-        UsageError: a folder does not exist.
     """
     tops = [Path(top).expanduser().resolve() for top in folders]
     root = Path(os.path.commonpath(tops))
@@ -43,7 +40,7 @@ def load_runs(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
         try:
             found.append(_run(path, root))
         except UsageError as reason:
-            left_out[str(path)] = str(reason)
+            left_out[str(path)] = str(reason).replace(f"{path}{os.sep}", "")
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another kind than a fit writes
             left_out[str(path)] = f"config.yaml or result.yaml is none of a fit ({type(error).__name__}: {error})"
     _name_arms(found)
@@ -92,20 +89,12 @@ def _run(folder: Path, root: Path) -> dict[str, Any]:
         place = folder.parent.parent if trial else folder
         base = place.name if place == root else str(place.relative_to(root))
     losses = metrics.get("train_loss", metrics.index.to_series())
-    return {
-        "folder": str(folder),
-        "base": base,
-        "data": _data(settings) if known else "data unknown",
-        "seed": seed if isinstance(seed, int) else None,
-        "lr": None if rate is None else float(rate),  # YAML takes 1e-3 for text
-        "settings": {key: json.dumps(value, sort_keys=True, default=str) for key, value in settings.items()},
-        "trial": trial,
-        "finished": finished(result) or not known,
-        "diverged": losses.last_valid_index() != metrics.index[-1],
-        "monitor": result.get("monitor"),
-        "mode": result.get("mode"),
-        "metrics": metrics,
-    }
+    texts = {key: json.dumps(value, sort_keys=True, default=str) for key, value in settings.items()}
+    run = {"folder": str(folder), "base": base, "trial": trial, "settings": texts, "metrics": metrics}
+    run |= {"data": _data(settings) if known else "data unknown", "finished": finished(result) or not known}
+    run |= {"monitor": result.get("monitor"), "mode": result.get("mode")}
+    run |= {"seed": seed if isinstance(seed, int) else None, "lr": rate if rate is None else float(rate)}
+    return run | {"diverged": losses.last_valid_index() != metrics.index[-1]}
 
 
 def _metrics(folder: Path) -> pd.DataFrame:
@@ -134,7 +123,7 @@ def _log(path: Path) -> pd.DataFrame:
 
 
 def _data(settings: dict[str, Any]) -> str:
-    """The data set and what was done to it, but for how it is cut into batches."""
+    """The data set and what was done to it."""
     given = {key.removeprefix("data."): value for key, value in settings.items() if key.startswith("data.")}
     name = given.pop("class_path").rpartition(".")[2].removesuffix("DataModule")
     what = [f"{key}={value}" for key, value in given.items() if key != "batch_size" and value is not None]

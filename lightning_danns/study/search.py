@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import yaml
 from optuna.trial import Trial
 
-from lightning_danns.errors import DivergedError, UsageError
+from lightning_danns.errors import UsageError
 from lightning_danns.study import queue
 from lightning_danns.study.settings import differences, parse, read_yaml, result_of, settings_of, user_path
 
@@ -73,15 +73,12 @@ class TrialReport(pl.Callback):
             return
         if self.monitor not in metrics:
             raise UsageError(f"no {self.monitor} is logged, but {', '.join(metrics) or 'nothing'}")
-        if not all(math.isfinite(v) for name, v in metrics.items() if name == self.monitor or name.endswith("_loss")):
-            self.outcome = "diverged"
-        else:
-            self.trial.report(metrics[self.monitor], trainer.current_epoch)
-            self.outcome = "pruned" if self.trial.should_prune() else self.outcome
-        trainer.should_stop |= self.outcome != "validated"
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.outcome = "diverged" if isinstance(exception, DivergedError) else self.outcome
+        losses = [value for name, value in metrics.items() if name == self.monitor or name.endswith("_loss")]
+        if not all(map(math.isfinite, losses)):
+            raise UsageError("it has diverged: a loss is no number")
+        self.trial.report(metrics[self.monitor], trainer.current_epoch)
+        if self.trial.should_prune():
+            self.outcome, trainer.should_stop = "pruned", True
 
 
 class Search:
@@ -135,33 +132,25 @@ class Search:
         for example in self.examples:
             with tempfile.TemporaryDirectory() as temporary:
                 probe = TrialReport()
-                try:
-                    queue.fit(example, Path(temporary), [probe])
-                except queue.FailedRun as error:
-                    raise UsageError(str(error)) from error
+                queue.fit(example, Path(temporary), [probe])
                 result = result_of(Path(temporary))
             monitor = str(result.get("monitor"))
             if probe.outcome is None or not monitor.startswith("val"):
-                said = "there is no validation" if probe.outcome is None else f"the task monitors {monitor}"
-                raise UsageError(f"{said}: a search selects by held-out data, so hold some out (--data.val_size)")
+                raise UsageError(f"there is no validation of {monitor}: hold some data out (--data.val_size)")
         return monitor, result["mode"]
 
     def train(self, study: optuna.Study, trial: Trial) -> float:
         """One fit; its value is the best of its epochs, as ``best.ckpt`` is from one epoch."""
         params = {key: suggest(trial, key, axis) for key, axis in self.axes.items()}
-        report, folder = (
-            TrialReport(trial, study.user_attrs["monitor"]),
-            self.folder / "trials" / trial.user_attrs["run"],
-        )
-        try:
-            queue.fit(self.arguments(params), folder, [report])
-        except queue.FailedRun:
-            if report.outcome != "diverged":
-                raise
-        if report.outcome in ("pruned", "diverged"):
-            trial.set_user_attr("ended", report.outcome)
-            raise optuna.TrialPruned  # the sampler takes these for worse than all others
-        return float(result_of(folder)["best"])
+        report, folder = TrialReport(trial, study.user_attrs["monitor"]), self.folder / "trials"
+        queue.fit(self.arguments(params), folder / trial.user_attrs["run"], [report])
+        if report.outcome == "pruned":
+            trial.set_user_attr("ended", "pruned")
+            raise optuna.TrialPruned
+        best = result_of(folder / trial.user_attrs["run"]).get("best")
+        if best is None or not math.isfinite(best):
+            raise queue.FitError(f"its best {report.monitor} is {best}")
+        return float(best)
 
     def results(self, study: optuna.Study) -> str:
         """Write ``trials.csv`` and ``best.yaml``; what is to be said of them."""

@@ -28,10 +28,9 @@ def user_path(text: str) -> Path:
 
 def parse(parser: ArgumentParser, args: Sequence[str], given: Sequence[str] = ()) -> tuple[Namespace, list[str]]:
     """The command's options, and all others, for ``fit``; those that the command gives itself are refused."""
-    add = parser.add_argument
-    add("--jobs", type=int, default=1, help="processes on this machine (default: 1)")
-    several = "for several machines, e.g. postgresql://HOST/NAME (default: FOLDER/study.db, for one machine)"
-    add("--storage", metavar="URL", help=f"Optuna's, {several}")
+    parser.add_argument("--jobs", type=int, default=1, help="processes on this machine (default: 1)")
+    several = "Optuna's, for several machines, as postgresql://HOST/NAME (default: FOLDER/study.db, for one machine)"
+    parser.add_argument("--storage", metavar="URL", help=several)
     options, rest = parser.parse_known_args(args)
     for option in rest:
         if option.partition("=")[0] in ("--run_dir", "--ckpt_path", *given):
@@ -86,9 +85,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # a UnicodeDecodeError is a ValueError
-        raise UsageError(f"{path.name} cannot be read: {' '.join(str(error).split())[:100]}") from error
+        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path.name} holds no settings")
+        raise UsageError(f"{path} holds no settings")
     return content
 
 

@@ -54,9 +54,14 @@ def markdown(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def line(text: object) -> str:
+    """A text that anybody may have chosen, whole, in a line of Markdown."""
+    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", " ".join(str(text).split()))
+
+
 def cell(name: object) -> str:
-    """A name that anybody may have chosen, in a line of Markdown or a cell of a table."""
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", _short(name))
+    """A name that anybody may have chosen, shortened for a cell of a table."""
+    return line(_short(name))
 
 
 def label(name: object) -> str:
@@ -71,5 +76,5 @@ def file_name(name: str) -> str:
 
 
 def _short(name: object) -> str:
-    line = " ".join(str(name).split())
-    return line if len(line) <= 80 else f"{line[:68]}... {zlib.crc32(line.encode()):08x}"
+    text = " ".join(str(name).split())
+    return text if len(text) <= 80 else f"{text[:68]}... {zlib.crc32(text.encode()):08x}"
