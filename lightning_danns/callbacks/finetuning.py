@@ -87,11 +87,22 @@ class StartFrom(pl.Callback):
 
     def __init__(self, path: str, leave: Sequence[str] = ()) -> None:
         self.path, self.leave = str(path), list(leave)
+        self._left: list[str] = []
+        self._error: UsageError | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.ckpt_path:
-            left = load_body_(pl_module, self.path, self.leave)
-            rank_zero_info(f"weights of {self.path}, but for {', '.join(left) or 'none'}")
+        if stage == "fit":  # before weights are sharded, and before a checkpoint is restored
+            try:
+                self._left, self._error = load_body_(pl_module, self.path, self.leave), None
+            except UsageError as error:
+                self._error = error
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path:  # known only now
+            return
+        if self._error is not None:
+            raise self._error
+        rank_zero_info(f"weights of {self.path}; new are: {', '.join(self._left) or 'none'}")
 
 
 class Unfreeze(pl.Callback):
