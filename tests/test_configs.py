@@ -10,8 +10,10 @@ from conftest import write_data
 import lightning_danns.cli as cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ARMS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "trainer")
+ARMS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("trainer", "recipes"))
+SMALL = [path for path in ARMS if path.parent.name != "imagenet"]
 OVERLAYS = sorted((CONFIGS / "trainer").glob("*.yaml"))
+RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 EIGHT = {"mlp", "layernorm", "batchnorm", "dann_mlp", "dann_uncorrected", "dann_subtractive", "column_ei", "dann_ngd"}
 
 
@@ -33,7 +35,7 @@ def run(monkeypatch, *args):
     return cli.main()
 
 
-@pytest.mark.parametrize("path", ARMS, ids=name_of)
+@pytest.mark.parametrize("path", SMALL, ids=name_of)
 def test_a_config_runs(path, small_files, tmp_path, monkeypatch):
     options = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     data = [f"--data.data_dir={small_files}", "--data.val_size=20", "--data.batch_size=4"]
@@ -42,22 +44,38 @@ def test_a_config_runs(path, small_files, tmp_path, monkeypatch):
     assert finished.trainer.callback_metrics["train_loss"].isfinite()
 
 
+def test_all_recipes_together_run(small_files, tmp_path, monkeypatch):
+    configs = [f"--config={path}" for path in (CONFIGS / "cifar10" / "dann_convnet.yaml", *RECIPES)]
+    data = [f"--data.data_dir={small_files}", "--data.val_size=20", "--data.batch_size=16"]
+    options = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
+    finished = run(monkeypatch, "fit", *configs, *data, *options, f"--run_dir={tmp_path / 'run'}")
+    assert finished.trainer.callback_metrics["val_loss"].isfinite()
+
+
+def settings(monkeypatch, capsys, *configs):
+    args = [argument for path in configs for argument in ("--config", path)]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "fit", *args, "--print_config")
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("path", [path for path in ARMS if path not in SMALL], ids=name_of)
+def test_a_config_of_large_data_is_understood(path, monkeypatch, capsys):
+    assert settings(monkeypatch, capsys, path)["model"]["init_args"]["depth"] == 18
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
 def test_an_overlay_changes_the_trainer_and_nothing_else(overlay, monkeypatch, capsys):
-    def settings(*configs):
-        args = [argument for path in configs for argument in ("--config", path)]
-        with pytest.raises(SystemExit):
-            run(monkeypatch, "fit", *args, "--print_config")
-        return yaml.safe_load(capsys.readouterr().out)
-
     base = CONFIGS / "mnist" / "dann_mlp.yaml"
-    plain, laid_over = settings(base), settings(base, overlay)
+    plain, laid_over = settings(monkeypatch, capsys, base), settings(monkeypatch, capsys, base, overlay)
     wanted = yaml.safe_load(overlay.read_text())["trainer"]
-    assert {key: laid_over["trainer"][key] for key in wanted} == wanted
+    for key, value in wanted.items():
+        got = laid_over["trainer"][key]
+        assert got["class_path"] == value["class_path"] if isinstance(value, dict) else got == value
     assert {**laid_over, "trainer": None} == {**plain, "trainer": None}
 
 
-@pytest.mark.parametrize("path", [*ARMS, *OVERLAYS, CONFIGS / "quickstart.yaml"], ids=name_of)
+@pytest.mark.parametrize("path", [*ARMS, *OVERLAYS, *RECIPES, CONFIGS / "quickstart.yaml"], ids=name_of)
 def test_a_config_opens_with_what_how_and_expectation(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")

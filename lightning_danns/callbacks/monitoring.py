@@ -237,8 +237,8 @@ class FisherMonitor(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._measured = state_dict["measured"]
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._measured = False  # another fit has groups of its own
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._measured = False  # each fit has groups of its own; one that goes on restores what its checkpoint knew
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         epoch = trainer.current_epoch

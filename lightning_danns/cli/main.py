@@ -316,6 +316,8 @@ def main(args: ArgsType = None, callbacks: Sequence[pl.Callback] = ()) -> CLI:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Experiment logs directory")  # earlier logs are kept
+            # a module that shards itself if it is asked to
+            warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model")
             return CLI(
                 pl.LightningModule,
                 pl.LightningDataModule,
