@@ -1,11 +1,46 @@
-"""Regression on vectors. Inhibition only subtracts, because division would remove the scale of the input."""
+"""Regression on vectors of your own. Inhibition only subtracts, because division would remove the input's scale.
 
-from torch import nn
+    python examples/regression.py                              # targets of a random function
+    python examples/regression.py --table my.csv --epochs 200  # numbers with a header; the last column is the target
+"""
 
-from lightning_danns import DANNLinear, Regression
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from lightning_danns import DANNLinear, Regression, assert_dale
 
 
 class Line(Regression):
     def __init__(self, d: int = 8, width: int = 50, **kwargs):
         super().__init__(**kwargs)
         self.network = nn.Sequential(DANNLinear(d, width, width // 10, divisive=False), nn.ReLU(), nn.Linear(width, 1))
+
+
+def read(table: str | None) -> tuple[Tensor, Tensor]:
+    """Inputs (N, d) and targets (N, 1)."""
+    if table is None:
+        x = torch.rand(1000, 8)
+        return x, (x[:, :1] - x[:, 1:2]).abs() + x.mean(1, keepdim=True)
+    values = torch.from_numpy(np.loadtxt(table, delimiter=",", skiprows=1)).float()
+    x, y = values[:, :-1], values[:, -1:]
+    x = (x - x.amin(0)) / (x.amax(0) - x.amin(0)).clamp(min=1e-12)  # a DANN has no negative inputs
+    return x, (y - y.mean()) / y.std()
+
+
+def main(table: str | None = None, epochs: int = 30, width: int = 50, seed: int = 0):
+    """Train on four fifths of the rows; return the module and its Trainer."""
+    pl.seed_everything(seed)
+    x, y = read(table)
+    train, val = random_split(TensorDataset(x, y), [0.8, 0.2])
+    model, trainer = Line(x.shape[1], width), pl.Trainer(max_epochs=epochs, default_root_dir="runs")
+    trainer.fit(model, DataLoader(train, 32, shuffle=True), DataLoader(val, 200))
+    assert_dale(model)
+    return model, trainer
+
+
+if __name__ == "__main__":
+    auto_cli(main)
