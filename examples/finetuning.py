@@ -52,7 +52,7 @@ def main(data_dir: str | None = None, epochs: int = 3, seed: int = 0):
     print(f"DANN layers now: {', '.join(made.converted)}; outputs differ by at most {difference:.1e}")
 
     model = Classification(num_classes=5, rates={"network": 0.1, "network.7": 1.0})
-    model.network = made.model
+    model.network = made.model.train()
     model.network[7] = DANNLinear(512, 5, 1)  # a new head
     rest = Unfreeze(["network"], epoch=1, but=["network.7"])
     trainer = pl.Trainer(max_epochs=epochs, default_root_dir="runs", callbacks=[rest])
