@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import lightning_danns
+from conftest import write_data
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -44,9 +45,11 @@ def before_finetuning(folder):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = {"limit_train_batches": 2, "limit_val_batches": 1, "limit_test_batches": 1, "num_sanity_val_steps": 0}
+    small = {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1, "num_sanity_val_steps": 0}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     monkeypatch.setattr(pl, "Trainer", partial(pl.Trainer, **small, **quiet))
+    (tmp_path / "data").mkdir()
+    write_data(tmp_path / "data", "mnist5k", n_train=600)
     if page.stem == "finetuning":
         before_finetuning(tmp_path)
     batches = [(torch.rand(4, 1, 28, 28), torch.arange(4))]
