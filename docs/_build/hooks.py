@@ -39,5 +39,7 @@ def on_page_content(content, page, config, files):
 
 
 def mathml(latex: str, display: bool) -> str:
-    """The formula; latex2mathml raises what it does not know."""
-    return convert(html.unescape(latex).strip(), display="block" if display else "inline")
+    """The formula, in which ex, ix and ei are names and not products; latex2mathml raises what it does not know."""
+    made = convert(html.unescape(latex).strip(), display="block" if display else "inline")
+    made = re.sub(r"<mi>([ei])</mi><mi>([xi])</mi>", r"<mi>\1\2</mi>", made)
+    return f'<div class="formula">{made}</div>' if display else made
