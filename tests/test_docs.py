@@ -63,5 +63,5 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
 
 def test_every_public_name_is_on_an_api_page():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    shown = re.findall(r"^::: lightning_danns\.(\w+)$", pages, re.MULTILINE)
-    assert sorted(shown) == lightning_danns.__all__
+    named = re.findall(r"^(?:::: |\[\]\(\){#)lightning_danns\.(\w+)}?$", pages, re.MULTILINE)
+    assert sorted(named) == lightning_danns.__all__
