@@ -19,6 +19,7 @@ def markdown(text: str) -> str:
     text = re.sub(r"^( *)\.\. math:: *\n((?:\1 +.*\n?|\n)+)", _display, text, flags=re.MULTILINE)
     text = re.sub(r":math:`(.+?)`", r"$\1$", text, flags=re.DOTALL)
     text = re.sub(rf"(?<![`\w])`({NAMES})`(?!`)", r"[`\1`][lightning_danns.\1]", text)
+    text = re.sub(r"^( *)>(?!>>)", r"\1\>", text, flags=re.MULTILINE)  # a line that begins with ">= 0" is no quotation
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     return re.sub(r"^Shape:\n +", "**Shape:** ", text, flags=re.MULTILINE)
 
