@@ -1,6 +1,7 @@
-"""The Python of README and of the site runs, prints what it says, and every public name has its place on an API page."""
+"""The Python of README and the site runs, prints what it says, and each public name has its place on an API page."""
 
 import re
+import runpy
 from functools import partial
 from pathlib import Path
 
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import write_data
 from PIL import Image
 
 import lightning_danns
-from conftest import write_data
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHOWN = re.compile(r"^print\(.*\)\n((?:# .*\n)+)", re.MULTILINE)
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if BLOCK.search(page.read_text())]
+PAGES = [
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if BLOCK.search(page.read_text())
+]
 
 
 def blocks(text):
@@ -65,3 +68,21 @@ def test_every_public_name_is_on_an_api_page():
     pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     named = re.findall(r"^(?:::: |\[\]\(\){#)lightning_danns\.(\w+)}?$", pages, re.MULTILINE)
     assert sorted(named) == lightning_danns.__all__
+
+
+def test_docstrings_reach_the_api_pages_as_markdown():
+    pytest.importorskip("griffe")
+    markdown = runpy.run_path(str(ROOT / "docs" / "_build" / "docstrings.py"))["markdown"]
+    assert markdown("See `DANNLinear`, ``Wex`` and `d`, :math:`x \\ge 0`.") == (
+        "See [`DANNLinear`][lightning_danns.DANNLinear], ``Wex`` and `d`, $x \\ge 0$."
+    )
+    texts = [markdown(getattr(lightning_danns, name).__doc__ or "") for name in lightning_danns.__all__]
+    assert re.findall(r"math::|:math:|^ *>(?!>>).*", "\n".join(texts), re.MULTILINE) == []
+    assert sum(text.count("$$") for text in texts) == 2 * 4  # two layers, columns and a schedule
+
+
+def test_a_formula_keeps_its_symbols():
+    pytest.importorskip("latex2mathml")
+    mathml = runpy.run_path(str(ROOT / "docs" / "_build" / "hooks.py"))["mathml"]
+    made = mathml(r"z_e = W_{ex}\, x &gt; 0", display=False)
+    assert re.findall(r"<m[ion]>(?:&#x0*)?([^<;]+)", made) == ["z", "e", "3D", "W", "ex", "x", "3E", "0"]

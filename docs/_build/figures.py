@@ -1,6 +1,6 @@
 """Draws docs/figures/shapes.svg: what units can answer to an input that grows, without and with inhibition.
 
-    python docs/_build/figures.py
+python docs/_build/figures.py
 """
 
 from pathlib import Path
