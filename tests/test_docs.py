@@ -16,7 +16,7 @@ import lightning_danns
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SHOWN = re.compile(r"^print\(.*\)\n((?:# .*\n)+)", re.MULTILINE)
+SHOWN = re.compile(r"^ *print\(.*\)\n((?:# .*\n)+)", re.MULTILINE)
 PAGES = [
     page for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))] if BLOCK.search(page.read_text())
 ]
