@@ -32,7 +32,7 @@ class Excitatory(DaleModule):
 def layers() -> None:
     layer = DANNLinear(8, 10, 2, inputs="pixels", balanced=True)
     assert_type(layer.Wex, nn.Parameter)
-    assert_type(layer.components(torch.rand(4, 8)), DANNComponents | None)
+    assert_type(layer.components(torch.rand(4, 8)), DANNComponents)
     assert_type(Excitatory().nonnegative_parameters(), Iterator[tuple[str, nn.Parameter]])
 
 
@@ -48,7 +48,7 @@ def own_loop() -> None:
 
 def modules() -> None:
     model = DANNMLP(hidden_sizes=[20], ni=2, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
-    assert_type(model(torch.rand(2, 1, 28, 28)), Tensor)
+    assert_type(model.forward(torch.rand(2, 1, 28, 28)), Tensor)
     module: pl.LightningModule = model
     assert_type(module.training, bool)
 
