@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_danns import DANNMLP, DANNLinear, DaleModule, UsageError, daleify, fisher_param_groups, project_
+from lightning_danns import DANNMLP, DaleModule, DANNLinear, UsageError, daleify, fisher_param_groups, project_
 from lightning_danns.analysis import Daleified
 from lightning_danns.layers import DANNComponents
 

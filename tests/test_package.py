@@ -51,14 +51,18 @@ def is_junk(name):
 
 
 def test_the_wheel_holds_the_package_its_licence_and_nothing_else(built):
-    names = {name for name in zipfile.ZipFile(built[0]).namelist() if ".dist-info/" not in name}
-    assert names == {name for name in files("lightning_danns") if not is_junk(name)}
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = set(wheel.namelist())
+    assert {name for name in names if ".dist-info/" not in name} == {
+        n for n in files("lightning_danns") if not is_junk(n)
+    }
     assert "lightning_danns/py.typed" in names
-    assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(built[0]).namelist())
+    assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_sdist_holds_what_the_tests_read_and_no_junk(built):
-    names = {name.partition("/")[2] for name in tarfile.open(built[1]).getnames()}
+    with tarfile.open(built[1]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
     wanted = {name for folder in ("tests", "configs", "examples", "docs") for name in files(folder)}
     assert names >= {name for name in wanted if not is_junk(name)} | {"train.py", "pyproject.toml", "README.md"}
     assert not [name for name in names if is_junk(name) or name.startswith((".git/", ".venv", "runs/", "data/"))]
@@ -83,7 +87,8 @@ def test_the_installed_package_trains_without_the_clone(installed, tmp_path):
     write_data(tmp_path / "data")
     where = outside(tmp_path, installed, "-c", "import lightning_danns; print(lightning_danns.__file__)")
     assert Path(where.strip()) == installed / "lightning_danns" / "__init__.py"
-    outside(tmp_path, installed, "-m", "lightning_danns", "fit", *SMALL, *QUIET, "--trainer.max_epochs=1", "--run_dir=run")
+    outside(tmp_path, installed, "-m", "lightning_danns", "fit", *SMALL, *QUIET, "--trainer.max_epochs=1",
+            "--run_dir=run")  # fmt: skip
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     environment = yaml.safe_load((tmp_path / "run" / "environment.yaml").read_text())
     assert (environment["lightning-danns"], environment["commit"]) == (lightning_danns.__version__, None)
