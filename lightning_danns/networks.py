@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +48,14 @@ class DANNFamily:
     divisive: bool = True
     balanced: bool = False
     inhibition: Inhibition | None = None
+    eps: float | None = None
 
     def dense(self, d: int, n: int, ni: int, *, first: bool, last: bool) -> list[nn.Module]:
         inputs: Inputs = "pixels" if first else "rectified"
-        return [DANNLinear(d, n, ni, inputs=inputs, **self._options)]
+        return [DANNLinear(d, n, ni, inputs=inputs, **vars(self))]
 
     def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-        return [DANNConv2d(c, n, ni, kernel, stride, padding=kernel // 2, **self._options)]
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"divisive": self.divisive, "balanced": self.balanced, "inhibition": self.inhibition}
+        return [DANNConv2d(c, n, ni, kernel, stride, padding=kernel // 2, **vars(self))]
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,27 @@ def test_a_uniform_input_is_cancelled_exactly_in_every_unit(kind, value):
     torch.testing.assert_close(z, b.expand_as(z).double(), rtol=0, atol=1e-10 * max(1, value))
 
 
+def first_over_second(eps):
+    """Relative gradients of two balanced convolutions, on images with a white half."""
+    torch.manual_seed(0)
+    layers = [DANNConv2d(c, 8, 2, 3, padding=1, balanced=True, eps=eps) for c in (3, 8)]
+    images = torch.rand(4, 3, 12, 12)
+    images[..., 6:] = 1
+    z = layers[1](torch.relu(layers[0](images)))
+    (z * torch.randn_like(z)).mean().backward()
+    first, second = ((layer.Wex.grad.norm() / layer.Wex.norm()).item() for layer in layers)
+    return first / second
+
+
+def test_where_balance_silences_a_layer_the_next_one_does_not_amplify_noise():
+    assert first_over_second(eps=None) < 3
+    assert first_over_second(eps=1e-8) > 1000
+
+
+def test_balanced_layers_saturate_and_published_ones_do_not():
+    assert [DANNLinear(6, 5, 2, balanced=balanced).eps for balanced in (False, True)] == [1e-8, 0.3]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     ne=st.integers(1, 9), ni=st.integers(1, 9), groups=st.integers(1, 3), seed=st.integers(0, 10**6),

@@ -29,10 +29,10 @@ def test_forward_gradients_and_update_equal_the_reference(reference, case, geome
             torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("divisive", [True, False])
-def test_one_pixel_is_the_dense_layer(divisive):
-    conv = perturbed(DANNConv2d(7, 6, 2, 1, divisive=divisive, **float64))
-    dense = DANNLinear(7, 6, 2, divisive=divisive, **float64)
+@pytest.mark.parametrize("options", [{}, {"divisive": False}, {"eps": 0.3}], ids=str)
+def test_one_pixel_is_the_dense_layer(options):
+    conv = perturbed(DANNConv2d(7, 6, 2, 1, **options, **float64))
+    dense = DANNLinear(7, 6, 2, **options, **float64)
     for name, parameter in dense.named_parameters():
         parameter.data.copy_(getattr(conv, name).reshape(parameter.shape))
     x = torch.rand(5, 7, **float64)

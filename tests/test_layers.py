@@ -14,7 +14,7 @@ from lightning_danns.layers import dale_layers, refuse_negative_inputs, sign_vio
 from lightning_danns.testing import assert_dale
 
 
-def one_by_one(layer, x):
+def one_by_one(layer, x, eps):
     """z of one input vector, neuron by neuron in Python floats."""
     weights = {name: p.tolist() for name, p in layer.named_parameters()}
     z_i = [sum(w * v for w, v in zip(row, x, strict=True)) for row in weights["Wix"]]
@@ -24,7 +24,7 @@ def one_by_one(layer, x):
         total -= sum(w * i for w, i in zip(weights["Wei"][j], z_i, strict=True))
         if layer.divisive:
             gains = [math.exp(a) for a in weights["alpha"]]
-            gamma = sum(w * gain * i for w, gain, i in zip(weights["Wei"][j], gains, z_i, strict=True)) + 1e-8
+            gamma = sum(w * gain * i for w, gain, i in zip(weights["Wei"][j], gains, z_i, strict=True)) + eps
             total = weights["g"][j] * total / gamma
         z.append(total + (weights["b"][j] if "b" in weights else 0))
     return z
@@ -40,22 +40,22 @@ def perturbed(layer):
 @settings(deadline=None, max_examples=40)
 @given(
     d=st.integers(1, 7), ne=st.integers(1, 6), ni=st.integers(1, 6), divisive=st.booleans(), bias=st.booleans(),
-    leading=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 10**6),
+    eps=st.sampled_from([None, 0.3, 10.0]), leading=st.lists(st.integers(1, 3), max_size=2), seed=st.integers(0, 10**6),
 )  # fmt: skip
-def test_forward_equals_a_loop_over_neurons(d, ne, ni, divisive, bias, leading, seed):
+def test_forward_equals_a_loop_over_neurons(d, ne, ni, divisive, bias, eps, leading, seed):
     torch.manual_seed(seed)
-    layer = perturbed(DANNLinear(d, ne, min(ni, ne), divisive=divisive, bias=bias, dtype=torch.float64))
+    layer = perturbed(DANNLinear(d, ne, min(ni, ne), divisive=divisive, bias=bias, eps=eps, dtype=torch.float64))
     x = torch.rand(*leading, d, dtype=torch.float64) + 0.1
     z = layer(x)
     assert z.shape == (*leading, ne)
-    expected = [one_by_one(layer, row.tolist()) for row in x.reshape(-1, d)]
+    expected = [one_by_one(layer, row.tolist(), eps or 1e-8) for row in x.reshape(-1, d)]
     torch.testing.assert_close(z.reshape(-1, ne), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("divisive", [True, False])
-def test_gradients_agree_with_finite_differences(divisive):
+@pytest.mark.parametrize("options", [{}, {"divisive": False}, {"eps": 0.3}], ids=str)
+def test_gradients_agree_with_finite_differences(options):
     torch.manual_seed(0)
-    layer = perturbed(DANNLinear(5, 4, 2, divisive=divisive, dtype=torch.float64))
+    layer = perturbed(DANNLinear(5, 4, 2, **options, dtype=torch.float64))
     names, values = zip(*layer.named_parameters(), strict=True)
     x = (torch.rand(3, 5, dtype=torch.float64) + 0.1).requires_grad_()
 
@@ -124,6 +124,9 @@ def test_wrong_options_are_refused_by_value():
         DANNLinear(6, 5, 2, inputs="images")
     with pytest.raises(UsageError, match="inhibition='random'"):
         DANNLinear(6, 5, 2, inhibition="random")
+    for eps in (0, -0.3, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"eps={eps}"):
+            DANNLinear(6, 5, 2, eps=eps)
 
 
 def test_wrong_input_width_is_refused_by_shape():

@@ -55,6 +55,7 @@ def daleify(
     divisive: bool = True,
     balanced: bool = False,
     inhibition: Inhibition | None = None,
+    eps: float | None = None,
 ) -> Daleified:
     """Replace the `nn.Linear` and `nn.Conv2d` layers of ``model`` by DANN layers where that is sound.
 
@@ -89,7 +90,7 @@ def daleify(
         fraction: interneurons of each layer over its units.
         ni: interneurons of single layers by name, instead; an output layer usually has one.
         pixels: names of dense layers that see pixels and not rectified activity (see `DANNLinear`).
-        divisive, balanced, inhibition: of all new layers, see `DANNLinear`.
+        divisive, balanced, inhibition, eps: of all new layers, see `DANNLinear`.
 
     Raises:
         UsageError: names in ``ni`` or ``pixels`` that are not such layers, a fraction outside (0, 1], an unknown
@@ -146,7 +147,7 @@ def daleify(
             did = "folded into" if start == "pretrained" else "removed after"
             changed |= {same: f"{type(norm).__name__} is {did} {name!r}" for same in names[norm]}
             _put(model, names[norm], nn.Identity())
-        options: dict[str, Any] = {"divisive": divisive, "balanced": balanced, "inhibition": inhibition}
+        options: dict[str, Any] = dict(divisive=divisive, balanced=balanced, inhibition=inhibition, eps=eps)
         options |= {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
         if isinstance(layer, nn.Linear):
             options["inputs"] = "pixels" if name in pixels else "rectified"

@@ -31,15 +31,13 @@ from lightning_danns.initialization import (
 from lightning_danns.layers.dale import Balance, DaleModule, DANNComponents, balance_, total, without_autocast
 
 EPS = 1e-8
-"""Added to gamma, so that a unit without any inhibition does not divide by zero."""
+"""Added to gamma, as published, so that a unit without any inhibition does not divide by zero."""
+BALANCED_EPS = 0.3
+"""The same of balanced layers, whose gamma is about 1 at the start.
 
-
-def eps_for(drive: Tensor) -> float:
-    """EPS, or the smallest normal number of the drive's format if that is larger (6e-5 in float16).
-
-    Gradients of drives go back through their format, and float16 cannot hold what a division by 1e-8 gives.
-    """
-    return max(EPS, torch.finfo(drive.dtype).tiny)
+A balanced layer answers a uniform patch of an image with exactly 0, so in the next layer gamma is 0 there and z is
+rounding noise divided by eps. It is the semi-saturation constant of divisive normalisation (Heeger, 1992).
+"""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -75,6 +73,7 @@ class DANN(DaleModule):
         inputs: Inputs,
         inhibition: Inhibition | None,
         balanced: bool,
+        eps: float | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         groups: int = 1,
@@ -90,9 +89,14 @@ class DANN(DaleModule):
             inhibition = "groups" if balanced else "mean"
         if inhibition not in ("mean", "iid", "groups"):
             raise UsageError(f"inhibition={inhibition!r}: choose 'mean' (Wei = 1/ni), 'groups' or 'iid'")
+        if eps is None:
+            eps = BALANCED_EPS if balanced else EPS
+        if not 0 < eps < math.inf:
+            raise UsageError(f"eps={eps}: what is added to gamma must be positive and finite")
         # ints of the whole layer: sharded parameters have smaller shapes
         self.ne, self.ni, self.d, self.groups = ne, ni, math.prod(input_shape), groups
         self.divisive, self.inputs, self.inhibition, self.balanced = divisive, inputs, inhibition, balanced
+        self.eps = float(eps)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -150,7 +154,7 @@ class DANN(DaleModule):
         """
         self._refuse_misfit(x)
         z_e, z_i = self._drive(x, self.Wex), self._drive(x, self.Wix)
-        eps, z_e, z_i = eps_for(z_e), at_least_float32(z_e), at_least_float32(z_i)
+        eps, z_e, z_i = self._eps_for(z_e), at_least_float32(z_e), at_least_float32(z_i)
         gamma = None
         with without_autocast(x):
             if self.alpha is not None and self.g is not None:
@@ -186,10 +190,17 @@ class DANN(DaleModule):
         z_i = self._drive(x, Wix) if self.divisive else None
         with without_autocast(x):
             if z_i is not None:
-                z = z / (self._inhibit(at_least_float32(z_i)) + eps_for(z_i))
+                z = z / (self._inhibit(at_least_float32(z_i)) + self._eps_for(z_i))
             if self.b is not None:
                 z = z + self._per_unit(self.b)
         return z.to(self.Wex.dtype)
+
+    def _eps_for(self, drive: Tensor) -> float:
+        """eps, or the smallest normal number of the drive's format if that is larger (6e-5 in float16).
+
+        Gradients of drives go back through their format, and float16 cannot hold what a division by 1e-8 gives.
+        """
+        return max(self.eps, torch.finfo(drive.dtype).tiny)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
@@ -206,5 +217,5 @@ class DANN(DaleModule):
     def _options(self) -> str:
         return (
             f"divisive={self.divisive}, bias={self.b is not None}, "
-            f"inputs={self.inputs!r}, inhibition={self.inhibition!r}, balanced={self.balanced}"
+            f"inputs={self.inputs!r}, inhibition={self.inhibition!r}, balanced={self.balanced}, eps={self.eps:g}"
         )

@@ -44,8 +44,8 @@ class DANNConv2d(DANN):
         kernel_size, stride, padding, dilation, groups: as in `torch.nn.Conv2d`.
         divisive: whether inhibition also divides.
         bias: whether to add ``b``.
-        inhibition, balanced: see `DANNLinear`. Totals are over a group's channels and the kernel; balance is not exact
-            at zero-padded borders, where a part of the kernel sees nothing.
+        inhibition, balanced, eps: see `DANNLinear`. Totals are over a group's channels and the kernel; balance is not
+            exact at zero-padded borders, where a part of the kernel sees nothing.
         device, dtype: as in `torch.nn.Conv2d`.
 
     Attributes:
@@ -60,8 +60,8 @@ class DANNConv2d(DANN):
         x (N, C, H, W) or (C, H, W) -> z (N, ne, H', W') or (ne, H', W') as `torch.nn.Conv2d`.
 
     Raises:
-        UsageError: ni outside 1..ne, groups that do not divide the channels, a geometry that has no output, or an
-            input of other channels.
+        UsageError: ni outside 1..ne, eps not positive, groups that do not divide the channels, a geometry that has no
+            output, or an input of other channels.
 
     Example:
         >>> layer = DANNConv2d(3, ne=64, ni=10, kernel_size=3, padding=1)
@@ -88,6 +88,7 @@ class DANNConv2d(DANN):
         bias: bool = True,
         inhibition: Inhibition | None = None,
         balanced: bool = False,
+        eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -109,7 +110,7 @@ class DANNConv2d(DANN):
         self.in_channels, self.kernel_size, self.stride, self.dilation = in_channels, kernel, step, spread
         self.padding: tuple[int, int] | str = padding if isinstance(padding, str) else _pair(padding)
         shape = (in_channels // groups, *kernel)
-        super().__init__(shape, ne, ni, divisive, bias, "rectified", inhibition, balanced, device, dtype, groups)
+        super().__init__(shape, ne, ni, divisive, bias, "rectified", inhibition, balanced, eps, device, dtype, groups)
 
     def _refuse_misfit(self, x: Tensor) -> None:
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
@@ -133,7 +134,7 @@ class DANNConv2d(DANN):
             return self._folded(x)
         images = x if x.dim() == 4 else x[None]
         geometry = (self.stride, self.padding, self.dilation)
-        z = DivisiveConv2d.apply(images, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b, geometry)
+        z = DivisiveConv2d.apply(images, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b, self.eps, geometry)
         return z if x.dim() == 4 else z[0]
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class DANNLinear(DANN):
 
     with inputs :math:`x \ge 0`, excitatory weights :math:`W_{ex}`, the weights :math:`W_{ix}` of the ``ni``
     interneurons, their weights :math:`W_{ei}` onto the excitatory units, log gains :math:`\alpha` of division, gains
-    :math:`g`, biases :math:`b` and :math:`\epsilon = 10^{-8}`. With ``divisive=False``:
+    :math:`g`, biases :math:`b` and a small :math:`\epsilon`. With ``divisive=False``:
     :math:`z = (W_{ex} - W_{ei} W_{ix}) x + b`.
 
     Biology: as in cortex, only excitatory units project to the next layer; each layer has its own few interneurons,
@@ -44,6 +44,8 @@ class DANNLinear(DANN):
         balanced: whether each unit's total inhibition is kept equal to its total excitation: every row of
             Wex - Wei Wix sums to 0, so that an input that is the same everywhere is cancelled exactly. `project_` and
             `DaleProjection` do it after each step, by scaling the rows of Wei.
+        eps: what is added to gamma, > 0: the semi-saturation constant of division. Not given: 1e-8, as published, or
+            0.3 if balanced (`lightning_danns.layers.dann.BALANCED_EPS` says why).
         device, dtype: as in `torch.nn.Linear`.
 
     Attributes:
@@ -58,7 +60,8 @@ class DANNLinear(DANN):
         x (\*, d) with any leading dimensions -> z (\*, ne).
 
     Raises:
-        UsageError: ni outside 1..ne, unknown ``inputs`` or ``inhibition``, or an input of another width.
+        UsageError: ni outside 1..ne, eps not positive, unknown ``inputs`` or ``inhibition``, or an input of another
+            width.
 
     Example:
         >>> layer = DANNLinear(784, ne=500, ni=50, inputs="pixels")
@@ -84,12 +87,13 @@ class DANNLinear(DANN):
         inputs: Inputs = "rectified",
         inhibition: Inhibition | None = None,
         balanced: bool = False,
+        eps: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if in_features < 1:
             raise UsageError(f"in_features={in_features}: a layer needs at least one input")
-        super().__init__((in_features,), ne, ni, divisive, bias, inputs, inhibition, balanced, device, dtype)
+        super().__init__((in_features,), ne, ni, divisive, bias, inputs, inhibition, balanced, eps, device, dtype)
 
     def _refuse_misfit(self, x: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.d or not x.is_floating_point():
@@ -105,7 +109,7 @@ class DANNLinear(DANN):
         if self.alpha is None or transformed():
             return self.components(x).z
         rows = x if x.dim() == 2 else x.reshape(-1, self.d)
-        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b)
+        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b, self.eps)
         return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_danns.layers.dale import without_autocast
-from lightning_danns.layers.dann import EPS
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding and dilation of a convolution."""
@@ -55,13 +54,13 @@ def _by_autograd(equations: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any
 
 
 def _dense(
-    x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None
+    x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None, eps: float
 ) -> tuple[Tensor, ...]:
     """z, and what its gradients need: gain, z_i, gain z_i, gamma and u."""
     gain = alpha.exp()
     z_i = F.linear(x, Wix)  # (batch, ni)
     gained = gain * z_i
-    gamma = F.linear(gained, Wei).add_(EPS)  # (batch, ne)
+    gamma = F.linear(gained, Wei).add_(eps)  # (batch, ne)
     u = F.linear(x, Wex).addmm_(z_i, Wei.t(), alpha=-1).div_(gamma)
     return g * u if b is None else torch.addcmul(b, g, u), gain, z_i, gained, gamma, u
 
@@ -72,7 +71,8 @@ class DivisiveLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         z, *kept = _dense(*inputs)
-        ctx.save_for_backward(*inputs, *kept)
+        ctx.save_for_backward(*inputs[:-1], *kept)
+        ctx.eps = inputs[-1]
         return z
 
     @staticmethod
@@ -81,7 +81,7 @@ class DivisiveLinear(torch.autograd.Function):
             with without_autocast(dz):
                 return DivisiveLinear.backward(ctx, dz)
         if torch.is_grad_enabled():
-            return _by_autograd(_dense, ctx.saved_tensors[:7], ctx, dz)
+            return _by_autograd(_dense, (*ctx.saved_tensors[:7], ctx.eps), ctx, dz)
         x, Wex, Wix, Wei, _, g, b, gain, z_i, gained, gamma, u = ctx.saved_tensors
         needed = ctx.needs_input_grad
         w = dz * u
@@ -96,18 +96,26 @@ class DivisiveLinear(torch.autograd.Function):
         dWex = torch.mm(dv.t(), x) if needed[1] else None
         dWix = torch.mm(dz_i.t(), x) if needed[2] else None
         dx = torch.mm(dv, Wex).addmm_(dz_i, Wix) if needed[0] else None
-        return dx, dWex, dWix, dWei, dalpha, dg, db
+        return dx, dWex, dWix, dWei, dalpha, dg, db, None
 
 
 def _convolution(
-    x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None, geometry: Geometry
+    x: Tensor,
+    Wex: Tensor,
+    Wix: Tensor,
+    Wei: Tensor,
+    alpha: Tensor,
+    g: Tensor,
+    b: Tensor | None,
+    eps: float,
+    geometry: Geometry,
 ) -> tuple[Tensor, ...]:
     """z, and what its gradients need: z_i and u. One convolution for both drives, one for what inhibits twice."""
     drives = F.conv2d(x, torch.cat([Wex, Wix]), None, *geometry)
     z_e, z_i = drives[:, : len(Wex)], drives[:, len(Wex) :].clone()  # without the clone, all drives would be kept
     gained = _per_channel(alpha.exp()) * z_i
     subtraction, gamma = F.conv2d(torch.cat([z_i, gained]), Wei[:, :, None, None]).chunk(2)
-    u = (z_e - subtraction).div_(gamma + EPS)
+    u = (z_e - subtraction).div_(gamma + eps)
     g = _per_channel(g)
     return g * u if b is None else torch.addcmul(_per_channel(b), g, u), z_i, u
 
@@ -126,8 +134,8 @@ class DivisiveConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         z, *kept = _convolution(*inputs)
-        ctx.save_for_backward(*inputs[:-1], *kept)
-        ctx.geometry = inputs[-1]
+        ctx.save_for_backward(*inputs[:-2], *kept)
+        ctx.eps, ctx.geometry = inputs[-2:]
         return z
 
     @staticmethod
@@ -136,12 +144,12 @@ class DivisiveConv2d(torch.autograd.Function):
             with without_autocast(dz):
                 return DivisiveConv2d.backward(ctx, dz)
         if torch.is_grad_enabled():
-            return _by_autograd(_convolution, (*ctx.saved_tensors[:7], ctx.geometry), ctx, dz)
+            return _by_autograd(_convolution, (*ctx.saved_tensors[:7], ctx.eps, ctx.geometry), ctx, dz)
         x, Wex, Wix, Wei, alpha, g, b, z_i, u = ctx.saved_tensors
         needed = ctx.needs_input_grad
         n, ne, gain, kernel = len(x), len(Wex), _per_channel(alpha.exp()), Wei[:, :, None, None]
         gained = gain * z_i
-        r = _per_channel(g) / F.conv2d(gained, kernel).add_(EPS)
+        r = _per_channel(g) / F.conv2d(gained, kernel).add_(ctx.eps)
         w = dz * u
         dg, db = w.sum(PIXELS), None if b is None else dz.sum(PIXELS)
         both = torch.cat([dz, w])
@@ -152,7 +160,7 @@ class DivisiveConv2d(torch.autograd.Function):
         drives = torch.cat([dv, torch.addcmul(subtracted, gain, divided)], 1)
         dx, dW = _gradients(drives, x, torch.cat([Wex, Wix]), ctx.geometry, (needed[0], needed[1] or needed[2]))
         dWex, dWix = (None, None) if dW is None else (dW[:ne], dW[ne:])
-        return dx, dWex, dWix, -dWei[:, :, 0, 0], dalpha, dg, db, None
+        return dx, dWex, dWix, -dWei[:, :, 0, 0], dalpha, dg, db, None, None
 
 
 def _gradients(

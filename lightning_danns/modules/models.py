@@ -20,7 +20,7 @@ class DANNMLP(ImageClassifier):
         ni: interneurons, one number for every hidden layer or one each; a tenth of the units if not given.
         divisive: whether inhibition divides as well as subtracts.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
-        inhibition: how inhibition starts (`DANNLinear`).
+        inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
 
     Example:
@@ -39,11 +39,12 @@ class DANNMLP(ImageClassifier):
         divisive: bool = True,
         balanced: bool = False,
         inhibition: Inhibition | None = None,
+        eps: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.network = mlp(
-            self.input_shape, hidden_sizes, self.num_classes, DANNFamily(divisive, balanced, inhibition), ni
+            self.input_shape, hidden_sizes, self.num_classes, DANNFamily(divisive, balanced, inhibition, eps), ni
         )
 
 
@@ -125,7 +126,7 @@ class DANNConvNet(ImageClassifier):
         ni: the same for the hidden dense layers.
         divisive: whether inhibition divides as well as subtracts.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
-        inhibition: how inhibition starts (`DANNLinear`).
+        inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
 
@@ -138,6 +139,7 @@ class DANNConvNet(ImageClassifier):
         divisive: bool = True,
         balanced: bool = False,
         inhibition: Inhibition | None = None,
+        eps: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -147,7 +149,7 @@ class DANNConvNet(ImageClassifier):
             blocks,
             hidden_sizes,
             self.num_classes,
-            DANNFamily(divisive, balanced, inhibition),
+            DANNFamily(divisive, balanced, inhibition, eps),
             conv_ni=conv_ni,
             ni=ni,
         )
@@ -182,7 +184,7 @@ class DANNVGG(ImageClassifier):
         dropout: probability of dropping a hidden dense unit.
         divisive: whether inhibition divides as well as subtracts.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
-        inhibition: how inhibition starts (`DANNLinear`).
+        inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
 
@@ -193,11 +195,12 @@ class DANNVGG(ImageClassifier):
         divisive: bool = True,
         balanced: bool = False,
         inhibition: Inhibition | None = None,
+        eps: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.network = vgg(
-            depth, self.input_shape, self.num_classes, DANNFamily(divisive, balanced, inhibition), dropout
+            depth, self.input_shape, self.num_classes, DANNFamily(divisive, balanced, inhibition, eps), dropout
         )
 
 
@@ -224,7 +227,7 @@ class DANNResNet(ImageClassifier):
         shortcut: where a block adds its input: ``"after"`` its last ReLU or ``"before"`` it (`ResidualBlock`).
         divisive: whether inhibition divides as well as subtracts.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
-        inhibition: how inhibition starts (`DANNLinear`).
+        inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
 
@@ -235,10 +238,11 @@ class DANNResNet(ImageClassifier):
         divisive: bool = True,
         balanced: bool = False,
         inhibition: Inhibition | None = None,
+        eps: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        family = DANNFamily(divisive, balanced, inhibition)
+        family = DANNFamily(divisive, balanced, inhibition, eps)
         self.network = resnet(depth, self.input_shape, self.num_classes, family, shortcut)
 
 
