@@ -2,7 +2,7 @@
 
     python benchmarks/balance.py FOLDER [--variants published balanced ...] [--rates 0.03 0.1] [--seed 0]
 
-FOLDER holds CIFAR-10 as `CIFAR10DataModule` reads it. Six 3x3 convolutions (32, 32, 64, 64, 128, 128) and 128 dense units
+FOLDER holds CIFAR-10 as `CIFAR10DataModule` reads it. Six 3x3 convolutions (32, 32, 64, 64, 128, 128) and 128 units
 see 10 000 training images, averaged to 16 x 16 pixels, for 3 epochs in batches of 32 at a constant rate. Printed: error
 in % on 5 000 held-out training images of the last weights and of averaged ones (0.99 a step); loss of the last epoch.
 """
