@@ -1,7 +1,9 @@
 """Other libraries are met through their public names, but for some of torch in files that say why."""
 
 import ast
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -48,6 +50,12 @@ def foreign_private_names(tree, own):
 def test_a_file_uses_no_private_name_of_another_library(path):
     found = set(foreign_private_names(TREES[path], own_names()))
     assert found <= TORCH.get(str(path.relative_to(ROOT)), set())
+
+
+@pytest.mark.parametrize("room", ["layers", "optim", "analysis", "callbacks", "modules", "data", "replicas"])
+def test_no_file_of_a_room_hides_a_function_of_its_name(room):
+    module = import_module(f"lightning_danns.{room}")
+    assert [name for name in module.__all__ if isinstance(getattr(module, name), ModuleType)] == []
 
 
 def test_the_search_finds_what_it_is_for():

@@ -3,7 +3,7 @@
 from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
 from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
-from lightning_danns.callbacks.projection import DaleProjection
+from lightning_danns.callbacks.projection import DaleProjection, refuse_unprojected
 from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "load_body_",
     "refuse_conflicts",
     "refuse_unlogged",
+    "refuse_unprojected",
 ]

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_danns.callbacks.conflicts import refuse_frozen_by_finetuning, refuse_groups_without_factors
 from lightning_danns.errors import DivergedError, UsageError
-from lightning_danns.layers import imbalances, project_, refuse_negative_inputs, sign_violations
+from lightning_danns.layers import dale_layers, imbalances, project_, refuse_negative_inputs, sign_violations
 from lightning_danns.optim import require_factors
 
 _START = (
@@ -151,3 +151,17 @@ def _refuse(violations: dict[str, float], message: str) -> None:
         listing = [f"{name} (lowest value {low:.4g})" for name, low in violations.items()]
         kind = DivergedError if message is _TRAINED and any(map(math.isnan, violations.values())) else UsageError
         raise kind(message.format(", ".join([*listing[:3], *(["..."] if len(listing) > 3 else [])])))
+
+
+def refuse_unprojected(module: pl.LightningModule, callbacks: Collection[pl.Callback]) -> None:
+    """Refuse to train signed layers that nothing projects.
+
+    Raises:
+        UsageError: a subclass's ``configure_callbacks`` has left the projection out.
+    """
+    projected = any(isinstance(callback, DaleProjection) for callback in callbacks)
+    if callbacks and not projected and any(dale_layers(module)):  # a search for a batch size has none, and undoes all
+        raise UsageError(
+            f"nothing would project the signed weights of {type(module).__name__}: its configure_callbacks must "
+            "return those of super() too"
+        )

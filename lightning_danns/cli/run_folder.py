@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import EarlyStopping, Timer
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
+from lightning_danns import __version__
 from lightning_danns.errors import UsageError
 
 RUN_NAME = "LIGHTNING_DANNS_RUN_NAME"
@@ -207,9 +208,10 @@ def _ended_by(trainer: pl.Trainer) -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """What a run depends on beside its config: versions, commit of this package's repository, device and threads."""
-    packages = ("lightning-danns", "torchvision", "pytorch-lightning", "torchmetrics", "numpy")
+    packages = ("torchvision", "pytorch-lightning", "torchmetrics", "numpy")
     return {
         "python": platform.python_version(),
+        "lightning-danns": __version__,
         **{package: version(package) for package in packages},
         "torch": str(torch.__version__),  # with its build
         "commit": _commit(),

@@ -15,6 +15,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.utilities import rank_zero_warn
@@ -42,6 +43,15 @@ def _arguments(cls: type) -> tuple[set[str], set[str], bool]:
     parser.add_class_arguments(cls, "of", fail_untyped=False)  # it follows super().__init__(**kwargs)
     known = set(vars(parser.get_defaults().get("of") or Namespace()))
     return set(parameters), known - set(parameters), open_ended
+
+
+def keep_plain(module: pl.LightningModule) -> None:
+    """Turn the arguments that a module has saved (``hparams``) into plain values."""
+    for name, value in list(module.hparams.items()):
+        if accepts(type(module), name):
+            module.hparams[name] = plain(value)
+        else:  # a subclass passes it on by itself, and could not be made with it
+            del module.hparams[name]
 
 
 def plain(value: Any) -> Any:
@@ -119,6 +129,15 @@ def made_of(factory: Any, name: str, example: str) -> Any:
     if not callable(factory):
         raise UsageError(f"{name}={factory!r}: give a function such as {example}")
     return factory
+
+
+def function_of(value: Any, name: str, example: str) -> Any:
+    """An argument that may be a function: what its import path or its kept form stands for; any other as it is."""
+    if isinstance(value, str) and "." in value:
+        return imported(value)
+    if isinstance(value, Mapping) and (NOT_SAVED in value or "class_path" in value):
+        return made_of(value, name, example)
+    return value
 
 
 def was_lost(value: Any, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -13,11 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_conflicts, refuse_unlogged
-from lightning_danns.errors import UsageError
-from lightning_danns.layers import dale_layers
-from lightning_danns.modules.arguments import NOT_SAVED, accepts, imported, made_of, plain
-from lightning_danns.modules.resume import ANEW, refuse_other_network, refuse_other_optimizer
+from lightning_danns.callbacks import (
+    DaleProjection,
+    FisherMonitor,
+    refuse_conflicts,
+    refuse_unlogged,
+    refuse_unprojected,
+)
+from lightning_danns.modules.arguments import function_of, keep_plain, made_of, plain
+from lightning_danns.modules.resume import refuse_compiled, refuse_other_optimizer, refuse_other_weights
 from lightning_danns.modules.schedule import scheduled, step_plateaus
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
 
@@ -59,18 +62,10 @@ class DaleLightningModule(pl.LightningModule):
             optimizer = partial(torch.optim.SGD, lr=0.1)  # which processes that are spawned can get a copy of
         else:
             self.save_hyperparameters(logger=False)
-        for name, value in list(self.hparams.items()):
-            if accepts(type(self), name):
-                self.hparams[name] = plain(value)
-            else:  # a subclass passes it on by itself, and could not be made with it
-                del self.hparams[name]
+        keep_plain(self)
         self.optimizer_factory = made_of(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
         self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")
-        if isinstance(correction, str) and "." in correction:
-            correction = imported(correction)
-        if isinstance(correction, Mapping) and (NOT_SAVED in correction or "class_path" in correction):
-            correction = made_of(correction, "correction", "'fisher'")
-        self.correction = correction_of(correction)
+        self.correction = correction_of(function_of(correction, "correction", "'fisher'"))
         self.rates, self.weight_decay = rates, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,10 +75,9 @@ class DaleLightningModule(pl.LightningModule):
         """Under a `ModelParallelStrategy`, share each part of the network out among the processes (FSDP2)."""
         if self.device_mesh is None or isinstance(self.network, FSDPModule):
             return
-        mesh = self.device_mesh["data_parallel"]
         for part in (*self.network.children(), self.network):
             if any(True for _ in part.parameters()):
-                fully_shard(part, mesh=mesh)
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups with learning-rate factors; a subclass may return other ones (`fisher_param_groups`)."""
@@ -113,26 +107,14 @@ class DaleLightningModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Tell the loggers what is trained: class, seed and arguments."""
-        compiled = next((name for name in self.state_dict() if "_orig_mod." in name), None)
-        if compiled is not None:
-            path = compiled.partition("._orig_mod.")[0]
-            raise UsageError(
-                f"torch.compile(self.{path}) would be saved as {compiled}, which does not reload: compile it in place, "
-                f"self.{path}.compile()"
-            )
+        refuse_compiled(self)
         described = {"class": f"{type(self).__module__}.{type(self).__qualname__}", **self.hparams}
         for logger in self.loggers:
             logger.log_hyperparams({"seed": os.environ.get("PL_GLOBAL_SEED"), **described})
 
     def on_train_start(self) -> None:
         """Refuse to train signed layers that nothing projects."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        projected = any(isinstance(callback, DaleProjection) for callback in callbacks)
-        if callbacks and not projected and any(dale_layers(self)):  # a search for a batch size has none, and undoes all
-            raise UsageError(
-                f"nothing would project the signed weights of {type(self).__name__}: its configure_callbacks must "
-                "return those of super() too"
-            )
+        refuse_unprojected(self, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep arguments as plain values, those too that a subclass has saved itself."""
@@ -142,10 +124,7 @@ class DaleLightningModule(pl.LightningModule):
         """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""
         if not self.attached:
             return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
-        if self.strict_loading and "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere
-            refuse_other_network(self, checkpoint)
-        if self.trainer.training and "state_dict" in checkpoint and "optimizer_states" not in checkpoint:
-            raise UsageError("the checkpoint holds weights alone, so no fit can continue from it: test it, " + ANEW)
+        refuse_other_weights(self, checkpoint)
         if self.trainer.training and type(self).configure_optimizers is DaleLightningModule.configure_optimizers:
             groups = fisher_optimizer(self.optimizer_factory, self.parameter_groups()).param_groups
             states, constant = checkpoint.get("optimizer_states", []), self.lr_scheduler_factory is None

@@ -13,12 +13,36 @@ KEPT = ("weight_decay", "momentum", "betas", "base_rate")
 ANEW = "or start anew from its weights (load_from_checkpoint)"
 
 
-def refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse weights of other names or shapes.
+def refuse_compiled(module: pl.LightningModule) -> None:
+    """Refuse a part that `torch.compile` has wrapped: it would be saved under names that do not load.
+
+    Raises:
+        UsageError: names the part.
+    """
+    compiled = next((name for name in module.state_dict() if "_orig_mod." in name), None)
+    if compiled is not None:
+        path = compiled.partition("._orig_mod.")[0]
+        raise UsageError(
+            f"torch.compile(self.{path}) would be saved as {compiled}, which does not reload: compile it in place, "
+            f"self.{path}.compile()"
+        )
+
+
+def refuse_other_weights(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse weights of other names or shapes, and to train on from weights alone.
 
     Raises:
         UsageError: names the first weight that differs, and the arguments of the model that was saved.
     """
+    if "state_dict" not in checkpoint:
+        return  # sharded strategies load their weights elsewhere
+    if module.strict_loading:
+        _refuse_other_network(module, checkpoint)
+    if module.trainer.training and "optimizer_states" not in checkpoint:
+        raise UsageError(f"the checkpoint holds weights alone, so no fit can continue from it: test it, {ANEW}")
+
+
+def _refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     if ours == theirs:

@@ -1,20 +1,20 @@
 """Learning rates of signed networks, in plain torch."""
 
 from lightning_danns.optim.corrections import Correction, correction_of, factors_of, fisher, measured, none
-from lightning_danns.optim.fisher import (
-    Likelihood,
-    categorical,
-    fisher_ratios,
-    mean_squared_gradients,
-    measured_factors,
-    reference_parameter,
-)
 from lightning_danns.optim.groups import (
     change_factors_,
     fisher_optimizer,
     fisher_param_groups,
     group_of_parameters,
     require_factors,
+)
+from lightning_danns.optim.information import (
+    Likelihood,
+    categorical,
+    fisher_ratios,
+    mean_squared_gradients,
+    measured_factors,
+    reference_parameter,
 )
 from lightning_danns.optim.ngd import DiagonalNGD
 from lightning_danns.optim.schedules import Sequential, WarmupCosine, rehearse

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
-from lightning_danns.optim.fisher import Likelihood, categorical, mean_squared_gradients, reference_parameter
 from lightning_danns.optim.groups import group_of_parameters
+from lightning_danns.optim.information import Likelihood, categorical, mean_squared_gradients, reference_parameter
 
 
 class DiagonalNGD(Optimizer):
