@@ -97,7 +97,7 @@ def export_pretrained(model: DaleLightningModule, name: str, folder: str | Path,
     with replacing(manifest.with_name(entry["file"])) as file:
         file.write(content)
     with replacing(manifest) as file:
-        file.write(yaml.safe_dump(released, sort_keys=False, allow_unicode=True, width=120).encode())
+        file.write(yaml.safe_dump(released, sort_keys=False, default_flow_style=None, width=120, encoding="utf-8"))
     return manifest
 
 
