@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from lightning_danns.modules import Regression as Regression
     from lightning_danns.modules import ResNet as ResNet
     from lightning_danns.modules import Task as Task
+    from lightning_danns.modules import export_pretrained as export_pretrained
+    from lightning_danns.modules import load_pretrained as load_pretrained
     from lightning_danns.optim import DiagonalNGD as DiagonalNGD
     from lightning_danns.optim import Sequential as Sequential
     from lightning_danns.optim import WarmupCosine as WarmupCosine
@@ -62,7 +64,7 @@ _ROOMS = {
     ),
     "modules": (
         "Classification ColumnEIMLP ConvNet DANNConvNet DANNMLP DANNResNet DANNVGG DaleLightningModule "
-        "ImageClassifier MLP Regression ResNet Task VGG"
+        "ImageClassifier MLP Regression ResNet Task VGG export_pretrained load_pretrained"
     ),
     "replicas": "ReplicatedClassifier",
     "analysis": "activity daleify",

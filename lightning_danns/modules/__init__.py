@@ -12,6 +12,7 @@ from lightning_danns.modules.models import (
     DANNResNet,
     ResNet,
 )
+from lightning_danns.modules.released import export_pretrained, load_pretrained
 from lightning_danns.modules.tasks import Classification, ImageClassifier, Regression, Task
 
 __all__ = [
@@ -29,4 +30,6 @@ __all__ = [
     "Regression",
     "ResNet",
     "Task",
+    "export_pretrained",
+    "load_pretrained",
 ]
