@@ -14,7 +14,12 @@ from mkdocs.structure.files import File
 
 log = logging.getLogger("mkdocs.hooks")  # whose warnings a strict build counts
 ROOT = Path(__file__).parents[2]
-PAGES = {"results.md": "RESULTS.md", "costs.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {
+    "results.md": "RESULTS.md",
+    "costs.md": "benchmarks/README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+}
 """Pages of the site that are files of the repository, which stay where they are."""
 
 FORMULA = re.compile(r'<(?:span|div) class="arithmatex">(?:\\\((.+?)\\\)|\\\[(.+?)\\\])</(?:span|div)>', re.DOTALL)
