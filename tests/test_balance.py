@@ -115,6 +115,13 @@ def test_a_uniform_input_is_cancelled_exactly_in_every_unit(kind, value):
     torch.testing.assert_close(z, b.expand_as(z).double(), rtol=0, atol=1e-10 * max(1, value))
 
 
+def test_balanced_layers_are_made_and_projected_without_storage(kind):
+    with torch.device("meta"):
+        layer = make(kind)
+    project_(layer)
+    assert layer(uniform_input(layer).float().to("meta")).is_meta
+
+
 def first_over_second(eps):
     """Relative gradients of two balanced convolutions, on images with a white half."""
     torch.manual_seed(0)

@@ -188,10 +188,15 @@ def balance_(layers: Sequence[DaleModule]) -> None:
 
 def _totals(layer: DaleModule) -> Balance | None:
     parameter = next(layer.parameters(recurse=False), None)
-    if parameter is None or not torch.is_autocast_enabled(parameter.device.type):
+    if parameter is None or not autocasts(parameter):
         return layer.balance()
     with without_autocast(parameter):  # which would round their products
         return layer.balance()
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether operations on ``x`` are under autocast, which the meta device does not know."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_danns.layers.dale import without_autocast
+from lightning_danns.layers.dale import autocasts, without_autocast
 
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """Stride, padding and dilation of a convolution."""
@@ -30,8 +30,7 @@ POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 def in_half(x: Tensor) -> bool:
     """Whether ``x`` is, or autocast makes it, of half precision."""
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return autocast or x.dtype in (torch.float16, torch.bfloat16)
+    return autocasts(x) or x.dtype in (torch.float16, torch.bfloat16)
 
 
 def transformed() -> bool:
