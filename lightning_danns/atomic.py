@@ -1,11 +1,15 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files that can be read or are refused."""
 
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import yaml
+
+from lightning_danns.errors import UsageError
 
 
 @contextmanager
@@ -23,3 +27,14 @@ def replacing(path: Path, partial: str | None = None) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file; a `UsageError` if there is none that can be read."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # a UnicodeDecodeError is a ValueError
+        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no settings")
+    return content

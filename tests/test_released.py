@@ -157,6 +157,11 @@ def test_what_is_not_there_is_refused_by_name(release, server, cache, name, sour
     assert not cache.exists() or not list(cache.iterdir())
 
 
+def test_a_manifest_that_cannot_be_read_is_refused_by_name(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere\.yaml cannot be read"):
+        load_pretrained("dann", tmp_path, tmp_path / "nowhere.yaml")
+
+
 def test_a_name_that_is_exported_again_gets_a_new_file_and_keeps_its_neighbours(release):
     before = file_of("dann", release[0])
     again = MODELS["dann"]().eval()

@@ -8,6 +8,7 @@ A manifest names classes, and is trusted as code is. A file is not: nothing is m
 
 import hashlib
 import io
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 import yaml
 
-from lightning_danns.atomic import replacing
+from lightning_danns.atomic import read_yaml, replacing
 from lightning_danns.errors import UsageError
-from lightning_danns.modules.arguments import NOT_SAVED, imported, plain
+from lightning_danns.modules.arguments import NOT_SAVED, plain, restored
 from lightning_danns.modules.base import DaleLightningModule
 
 MANIFEST = Path(__file__).with_name("released.yaml")
@@ -35,7 +36,7 @@ def load_pretrained(name: str, source: str | Path, manifest: str | Path = MANIFE
 
     Raises:
         UsageError: a name that is not in the manifest; a file that does not exist, cannot be fetched, or has another
-            size or hash than the manifest says.
+            size or hash than the manifest says; a manifest that cannot be read.
 
     Example:
         >>> from lightning_danns import DANNMLP
@@ -44,7 +45,7 @@ def load_pretrained(name: str, source: str | Path, manifest: str | Path = MANIFE
         >>> torch.equal(load_pretrained("digits", folder, manifest).network[1].Wex, trained.network[1].Wex)
         True
     """
-    released = _read(Path(manifest))
+    released = read_yaml(Path(manifest))
     if name not in released:
         raise UsageError(f"{name!r} is no released network; these are: {', '.join(released) or 'none'}")
     entry = released[name]
@@ -60,7 +61,7 @@ def load_pretrained(name: str, source: str | Path, manifest: str | Path = MANIFE
             f"{path} is not the file of {name!r}: its {len(content)} bytes are not the {entry['size']} of SHA-256 "
             f"{entry['sha256']}. Copy the file again"
         )
-    model = imported(entry["model"]["class_path"])(**entry["model"]["init_args"])
+    model: DaleLightningModule = restored(entry["model"])()
     model.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     return model.eval()
 
@@ -83,7 +84,7 @@ def export_pretrained(model: DaleLightningModule, name: str, folder: str | Path,
     Raises:
         UsageError: the module could not be made again elsewhere, of its class and arguments.
     """
-    made = {**plain(type(model)), "init_args": plain(dict(model.hparams))}
+    made = plain(partial(type(model), **model.hparams))
     if NOT_SAVED in str(made) or made["class_path"].startswith("__main__."):
         raise UsageError(f"{name!r} could not be made of {made} elsewhere: its class and arguments must be importable")
     buffer = io.BytesIO()
@@ -93,16 +94,12 @@ def export_pretrained(model: DaleLightningModule, name: str, folder: str | Path,
     entry = {"file": f"{name}-{sha256[:8]}.pt", "size": len(content), "sha256": sha256, "model": made, **plain(facts)}
     manifest = Path(folder).expanduser() / MANIFEST.name
     manifest.parent.mkdir(parents=True, exist_ok=True)
-    released = {**(_read(manifest) if manifest.exists() else {}), name: entry}
+    released = {**(read_yaml(manifest) if manifest.exists() else {}), name: entry}
     with replacing(manifest.with_name(entry["file"])) as file:
         file.write(content)
     with replacing(manifest) as file:
         file.write(yaml.safe_dump(released, sort_keys=False, default_flow_style=None, width=120, encoding="utf-8"))
     return manifest
-
-
-def _read(manifest: Path) -> dict[str, dict[str, Any]]:
-    return yaml.safe_load(manifest.read_text(encoding="utf-8")) or {}
 
 
 def _is_of(entry: dict[str, Any], content: bytes) -> bool:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import Trial, TrialState
 
+from lightning_danns.atomic import read_yaml
 from lightning_danns.errors import UsageError
 from lightning_danns.study import queue
-from lightning_danns.study.settings import differences, finished, parse, read_yaml, result_of, settings_of, user_path
+from lightning_danns.study.settings import differences, finished, parse, result_of, settings_of, user_path
 
 
 class Run(NamedTuple):

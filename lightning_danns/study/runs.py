@@ -14,8 +14,9 @@ from typing import Any
 
 import pandas as pd
 
+from lightning_danns.atomic import read_yaml
 from lightning_danns.errors import UsageError
-from lightning_danns.study.settings import finished, flat, read_yaml, result_of
+from lightning_danns.study.settings import finished, flat, result_of
 
 SEED = (
     "data.order_seed",

@@ -14,9 +14,10 @@ import pytorch_lightning as pl
 import yaml
 from optuna.trial import Trial
 
+from lightning_danns.atomic import read_yaml
 from lightning_danns.errors import UsageError
 from lightning_danns.study import queue
-from lightning_danns.study.settings import differences, parse, read_yaml, result_of, settings_of, user_path
+from lightning_danns.study.settings import differences, parse, result_of, settings_of, user_path
 
 KINDS = "log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,... (YAML, as in choice:[10,20],[10,30])"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lightning_danns.atomic import read_yaml
 from lightning_danns.errors import UsageError
 
 # defaults of a study's runs; on several GPUs, Lightning would otherwise start the study's command once for each
@@ -78,17 +79,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
     """Name, old and new value of the settings in which two configs differ."""
     was, now = (flat(config) | {"seed_everything": config.get("seed_everything")} for config in (old, new))
     return [(name, was.get(name), now.get(name)) for name in was | now if was.get(name) != now.get(name)]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a file; a `UsageError` if there is none that can be read."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # a UnicodeDecodeError is a ValueError
-        raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no settings")
-    return content
 
 
 def result_of(folder: Path) -> dict[str, Any]:
