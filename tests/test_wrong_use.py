@@ -252,7 +252,7 @@ COMMANDS = {
     "used folder": (["fit", "--config=done/config.yaml", "--run_dir=done"], "holds the checkpoints of an earlier fit"),
     # classes of other libraries that the config names
     "logger that is not installed": (options("--trainer.logger=WandbLogger"), "wandb"),
-    "callback that lacks a package": (options("--trainer.callbacks=RichModelSummary"), "rich"),
+    "callback that lacks a package": (options("--trainer.callbacks=RichModelSummary"), "requires `rich`"),
     "early stopping on nothing": (
         options("--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val_acuracy"),
         "EarlyStopping: monitor='val_acuracy' was not logged; these were: val_accuracy, val_loss",
