@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_danns import CIFAR10DataModule, DANNConv2d, DANNLinear, fisher_param_groups, project_
 from lightning_danns.layers import dale_layers
+from lightning_danns.layers.dale import total
 from lightning_danns.networks import DANNFamily, StandardFamily, cnn
 
 EPOCHS, BATCH, TRAIN, HELD_OUT = 3, 32, 10_000, 5_000
@@ -66,13 +67,12 @@ def centre_gradients_(net: nn.Module) -> None:
 def keep_rows(net: nn.Module) -> Callable[[nn.Module], None]:
     """Scales each row of Wex back to the total that it has now: scale invariance of each unit, without balance."""
     layers = [layer for _, layer in dale_layers(net)]
-    totals = [layer.Wex.detach().flatten(1).sum(1) for layer in layers]
+    totals = [total(layer.Wex.detach()) for layer in layers]
 
     @torch.no_grad()
     def scale_(net: nn.Module) -> None:
         for layer, before in zip(layers, totals, strict=True):
-            now = layer.Wex.flatten(1).sum(1)
-            layer.Wex *= (before / now).view(-1, *[1] * (layer.Wex.dim() - 1))
+            layer.Wex *= (before / total(layer.Wex)).view(-1, *[1] * (layer.Wex.dim() - 1))
 
     return scale_
 
