@@ -18,7 +18,7 @@ standard deviation of z_hat over the units of sample s.
                         variance of z that is the same for every image
 
 The last is of z, after g and b: what the ReLU meets. It is NaN if z never varies. At the start of DANNConvNet, on
-CIFAR-10, it is 0.80, 0.76 and 0.94 (two convolutions, dense layer); balanced 0.03, 0.06, 0.45; of ConvNet 0.74, 0.72,
+CIFAR-10, it is 0.80, 0.76 and 0.94 (two convolutions, dense layer); balanced 0.03, 0.07, 0.42; of ConvNet 0.74, 0.72,
 0.85.
 
 LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0 by definition. Of its weights
