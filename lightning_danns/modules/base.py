@@ -9,19 +9,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_danns.callbacks import (
-    DaleProjection,
-    FisherMonitor,
-    refuse_conflicts,
-    refuse_unlogged,
-    refuse_unprojected,
-)
+from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_unprojected
+from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
 from lightning_danns.modules.arguments import function_of, keep_plain, made_of, plain
-from lightning_danns.modules.resume import refuse_compiled, refuse_other_optimizer, refuse_other_weights
+from lightning_danns.modules.resume import refuse_compiled, refuse_misfit
 from lightning_danns.modules.schedule import scheduled, step_plateaus
+from lightning_danns.modules.shards import share_out
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
 
 
@@ -57,11 +52,10 @@ class DaleLightningModule(pl.LightningModule):
         weight_decay: float | None = None,
     ) -> None:
         super().__init__()
-        if optimizer is inspect.signature(DaleLightningModule).parameters["optimizer"].default:
-            self.save_hyperparameters(logger=False, ignore="optimizer")
+        by_default = optimizer is inspect.signature(DaleLightningModule).parameters["optimizer"].default
+        self.save_hyperparameters(logger=False, ignore=["optimizer"] if by_default else [])
+        if by_default:
             optimizer = partial(torch.optim.SGD, lr=0.1)  # which processes that are spawned can get a copy of
-        else:
-            self.save_hyperparameters(logger=False)
         keep_plain(self)
         self.optimizer_factory = made_of(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
         self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")
@@ -73,11 +67,8 @@ class DaleLightningModule(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Under a `ModelParallelStrategy`, share each part of the network out among the processes (FSDP2)."""
-        if self.device_mesh is None or isinstance(self.network, FSDPModule):
-            return
-        for part in (*self.network.children(), self.network):
-            if any(True for _ in part.parameters()):
-                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+        if self.device_mesh is not None:
+            share_out(self.network, self.device_mesh["data_parallel"])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups with learning-rate factors; a subclass may return other ones (`fisher_param_groups`)."""
@@ -122,18 +113,5 @@ class DaleLightningModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another network's weights or another optimizer's state before torch does, and say what differs."""
-        if not self.attached:
-            return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
-        refuse_other_weights(self, checkpoint)
-        if self.trainer.training and type(self).configure_optimizers is DaleLightningModule.configure_optimizers:
-            groups = fisher_optimizer(self.optimizer_factory, self.parameter_groups()).param_groups
-            states, constant = checkpoint.get("optimizer_states", []), self.lr_scheduler_factory is None
-            refuse_other_optimizer(groups, states, measured=self.correction is measured, constant=constant)
-
-    @property
-    def attached(self) -> bool:
-        """Whether a Trainer runs this module."""
-        try:
-            return self.trainer is not None
-        except RuntimeError:
-            return False
+        usual = type(self).configure_optimizers is DaleLightningModule.configure_optimizers
+        refuse_misfit(self, checkpoint, optimizer=usual)

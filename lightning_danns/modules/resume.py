@@ -1,11 +1,15 @@
 """What a checkpoint must share with the module that goes on from it: said before torch says it in its own words."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
 from lightning_danns.errors import UsageError
+from lightning_danns.optim import fisher_optimizer, measured
+
+if TYPE_CHECKING:
+    from lightning_danns.modules.base import DaleLightningModule
 
 KEPT = ("weight_decay", "momentum", "betas", "base_rate")
 """Settings of a group that a resumed fit takes from its checkpoint, besides its rate."""
@@ -26,6 +30,29 @@ def refuse_compiled(module: pl.LightningModule) -> None:
             f"torch.compile(self.{path}) would be saved as {compiled}, which does not reload: compile it in place, "
             f"self.{path}.compile()"
         )
+
+
+def refuse_misfit(module: "DaleLightningModule", checkpoint: Mapping[str, Any], *, optimizer: bool) -> None:
+    """Refuse another network's weights and, if asked to, the state of an optimizer other than the module's.
+
+    Raises:
+        UsageError: says what differs.
+    """
+    if not attached(module):
+        return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
+    refuse_other_weights(module, checkpoint)
+    if optimizer and module.trainer.training:
+        groups = fisher_optimizer(module.optimizer_factory, module.parameter_groups()).param_groups
+        states, constant = checkpoint.get("optimizer_states", []), module.lr_scheduler_factory is None
+        refuse_other_optimizer(groups, states, measured=module.correction is measured, constant=constant)
+
+
+def attached(module: pl.LightningModule) -> bool:
+    """Whether a Trainer runs the module."""
+    try:
+        return module.trainer is not None
+    except RuntimeError:
+        return False
 
 
 def refuse_other_weights(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:

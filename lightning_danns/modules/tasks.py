@@ -16,6 +16,7 @@ from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers
 from lightning_danns.modules.arguments import NOT_SAVED, restored, was_lost
 from lightning_danns.modules.base import DaleLightningModule
+from lightning_danns.modules.resume import attached
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -163,7 +164,7 @@ class Task(DaleLightningModule):
         if not isinstance(self.loss, nn.Module):  # a checkpoint could not keep it, but has its buffers
             for name in [name for name in checkpoint.get("state_dict", {}) if name.startswith("loss.")]:
                 del checkpoint["state_dict"][name]
-        if self.attached and self.global_rank == 0:  # the counts are those of all processes
+        if attached(self) and self.global_rank == 0:  # the counts are those of all processes
             metrics = dict(self._logged("train").values())
             for place, counts in checkpoint.get("train_metrics", {}).items():
                 for name, value in counts.items() if place in metrics else ():
