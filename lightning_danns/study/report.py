@@ -115,11 +115,10 @@ def write_report(folders: Sequence[Path], out: Path, last: int = 5) -> str:
                 over = "of one checkpoint" if metric.startswith("checkpoint_") else f"mean of the last {last} epochs"
                 parts += [f"### {cell(metric)}, {over}", markdown(arms)]
                 arms.to_csv(out / f"{file_name(f'{data} {metric}')}.csv", index=False)
-                shown, caption = (
-                    own[own.folder.isin(of.folder)],
-                    "Every seed, and their mean. The start may lie outside.",
-                )
-                drawn = shown.monitor.iloc[0] if metric.startswith("checkpoint_") else metric
+                shown = own[own.folder.isin(of.folder)]
+                drawn, caption = metric, "Every seed, and their mean. The start may lie outside."
+                if metric.startswith("checkpoint_"):
+                    drawn = shown.monitor.iloc[0]
                 draw(curves(shown, drawn, mode), f"{data} {metric} curves", caption)
             ends = own[~own.finished & ~own.trial].groupby("folder", sort=False).tail(1).itertuples()
             unfinished = [f"{cell(run.arm)}, seed {run.seed}: {run.epoch + 1} epochs" for run in ends]

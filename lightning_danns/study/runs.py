@@ -18,11 +18,7 @@ from lightning_danns.atomic import read_yaml
 from lightning_danns.errors import UsageError
 from lightning_danns.study.settings import finished, flat, result_of
 
-SEED = (
-    "data.order_seed",
-    "data.test_each_epoch",
-    "trainer.callbacks",
-)  # settings that tell no arms apart by themselves
+SEED = ("data.order_seed", "data.test_each_epoch", "trainer.callbacks")  # settings that tell no arms apart
 ONLOOKERS = re.compile(r"Diagnostics|Monitor|ProgressBar|Summary|Checkpoint|Timer|Stats")  # callbacks
 
 
