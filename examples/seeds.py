@@ -20,7 +20,7 @@ def main(
     learning_rates: tuple[float, ...] = (0.03, 0.1),
 ):
     """Train a network for each seed and rate; return the stack, whose history has a row for each epoch and replica."""
-    classifier = partial(DANNMLP, hidden_sizes=[width, width], balanced=True)
+    classifier = partial(DANNMLP, hidden_sizes=[width, width])
     model = ReplicatedClassifier(classifier, seeds=list(seeds), learning_rates=list(learning_rates))
     # a batch of its own for each seed, as single runs of these seeds would have
     order = list(seeds)

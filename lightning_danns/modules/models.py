@@ -19,7 +19,8 @@ class DANNMLP(ImageClassifier):
         hidden_sizes: excitatory units of each hidden layer.
         ni: interneurons, one number for every hidden layer or one each; a tenth of the units if not given.
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
+            method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
 
@@ -37,7 +38,7 @@ class DANNMLP(ImageClassifier):
         hidden_sizes: Sequence[int] = (500, 500, 500),
         ni: int | list[int] | None = None,
         divisive: bool = True,
-        balanced: bool = False,
+        balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
         **kwargs: Any,
@@ -125,7 +126,8 @@ class DANNConvNet(ImageClassifier):
         conv_ni: interneurons of each convolution, one number or one each; a tenth of the channels if not given.
         ni: the same for the hidden dense layers.
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
+            method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
@@ -137,7 +139,7 @@ class DANNConvNet(ImageClassifier):
         conv_ni: int | list[int] | None = None,
         ni: int | list[int] | None = None,
         divisive: bool = True,
-        balanced: bool = False,
+        balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
         **kwargs: Any,
@@ -183,7 +185,8 @@ class DANNVGG(ImageClassifier):
         depth: 16 or 19 layers.
         dropout: probability of dropping a hidden dense unit.
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
+            method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
@@ -193,7 +196,7 @@ class DANNVGG(ImageClassifier):
         depth: int = 16,
         dropout: float = 0.5,
         divisive: bool = True,
-        balanced: bool = False,
+        balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
         **kwargs: Any,
@@ -226,7 +229,8 @@ class DANNResNet(ImageClassifier):
         depth: 20, 32 or 56 (for 32 x 32 pixels), 18, 34 or 50 (for larger images).
         shortcut: where a block adds its input: ``"after"`` its last ReLU or ``"before"`` it (`ResidualBlock`).
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`).
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
+            method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
@@ -236,7 +240,7 @@ class DANNResNet(ImageClassifier):
         depth: int = 20,
         shortcut: Shortcut = "after",
         divisive: bool = True,
-        balanced: bool = False,
+        balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
         **kwargs: Any,
