@@ -30,6 +30,7 @@ from lightning_danns import (
     MNISTDataModule,
     ReplicatedClassifier,
     UsageError,
+    project_,
 )
 from lightning_danns.analysis.diagnostics import (
     LayerActivity,
@@ -282,9 +283,11 @@ def assert_no_hooks_left(model):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize(("accumulate", "lr"), [(1, 0.1), (3, 0.5)])
-def test_logged_cosines_are_those_of_steps_taken_by_hand(accumulate, lr, make_trainer):
-    twin = small_dann(lr).double()
+def test_logged_cosines_are_those_of_steps_taken_by_hand(accumulate, lr, balanced, make_trainer):
+    twin = small_dann(lr, balanced=balanced).double()
+    project_(twin)  # as a fit does first: in balance to float32 so far
     optimizer = twin.configure_optimizers()
     cosines = {name: [] for name in ("network.1", "network.3", "network.5")}
     for k, (x, y) in enumerate(batches()):
@@ -295,19 +298,23 @@ def test_logged_cosines_are_those_of_steps_taken_by_hand(accumulate, lr, make_tr
         optimizer.step()
         for name in cosines:
             layer = twin.network[int(name[-1])]
+            steps = {key: (weights.data, weights.detach().clone()) for key, weights in layer.nonnegative_parameters()}
+            for projected, _ in steps.values():
+                projected.clamp_(min=0)
+            if balanced:
+                inhibition = (layer.Wei @ layer.Wix).sum(1, keepdim=True).detach()
+                layer.Wei.data *= layer.Wex.detach().sum(1, keepdim=True) / inhibition
             free, kept = [], []
-            for key, parameter in layer.nonnegative_parameters():
-                start = getattr(old[int(name[-1])], key).detach().flatten()
-                after = parameter.detach().flatten()
-                free += (after - start).tolist()
-                kept += (after.clamp(min=0) - start).tolist()
-                parameter.data.clamp_(min=0)
+            for key, (projected, stepped) in steps.items():
+                start = getattr(old[int(name[-1])], key).detach()
+                free += (stepped - start).flatten().tolist()
+                kept += (projected - start).flatten().tolist()
             dot = sum(a * b for a, b in zip(free, kept, strict=True))
             cosines[name].append(dot / math.sqrt(sum(a * a for a in free) * sum(b * b for b in kept)))
         optimizer.zero_grad()
     callback = DaleDiagnostics(every_n_batches=accumulate)  # batches 0, 3, ...: the step comes two batches later
     trainer = make_trainer(callbacks=[callback], precision="64-true", accumulate_grad_batches=accumulate)
-    trainer.fit(small_dann(lr), batches())
+    trainer.fit(small_dann(lr, balanced=balanced), batches())
     assert min(map(min, cosines.values())) < 0.997  # something was clamped
     for name, values in cosines.items():
         assert callback.latest[f"{name}/projection_cosine"] == pytest.approx(sum(values) / len(values), rel=1e-9)

@@ -13,15 +13,16 @@ BOTTOM = ("initialization", "layers", "optim", "networks", "analysis", "testing"
 
 def loaded_after(*statements):
     """What is loaded after each statement, in one new interpreter."""
-    code = f"import sys\nfor s in {statements!r}:\n exec(s)\n print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    told = f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    code = f"import sys\nfor statement in {statements!r}:\n exec(statement)\n {told}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return [line.split() for line in done.stdout.splitlines()]
 
 
 def test_bottom_rooms_are_plain_torch():
     rooms = [f"import lightning_danns.{room}" for room in BOTTOM]
-    some = "from lightning_danns import DANNLinear, fisher_param_groups, project_"  # nor does a layer wait for Lightning
-    assert loaded_after(*rooms, some) == [[]] * (len(rooms) + 1)
+    names = "from lightning_danns import DANNLinear, fisher_param_groups, project_"
+    assert loaded_after(*rooms, names) == [[]] * (len(rooms) + 1)
 
 
 def test_data_and_modules_do_not_load_the_package_of_images():

@@ -21,7 +21,7 @@ class FixedMLP(DANNMLP):
     def __init__(self, arrays, case, correction):
         lr = float(arrays[f"{case}/lr"])
         super().__init__(
-            input_shape=[12], num_classes=4, hidden_sizes=[9, 8], ni=[3, 2], correction=correction,
+            input_shape=[12], num_classes=4, hidden_sizes=[9, 8], ni=[3, 2], correction=correction, balanced=False,
             optimizer=functools.partial(torch.optim.SGD, lr=lr),
         )  # fmt: skip
         self.double()

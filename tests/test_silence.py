@@ -140,7 +140,7 @@ def test_natural_gradient_learns_with_its_defaults_and_those_of_the_data(data_di
     data = MNISTDataModule(str(data_dir), val_size=0)
     data.setup()
     torch.manual_seed(0)
-    model = DANNMLP(hidden_sizes=[100, 100, 100], ni=10, correction="none", optimizer=DiagonalNGD)
+    model = DANNMLP(hidden_sizes=[100, 100, 100], ni=10, balanced=False, correction="none", optimizer=DiagonalNGD)
     optimizer = model.configure_optimizers()
     images, labels = data.train_set.images.float() / 255, data.train_set.labels
     for k in range(40):

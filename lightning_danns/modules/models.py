@@ -19,8 +19,8 @@ class DANNMLP(ImageClassifier):
         hidden_sizes: excitatory units of each hidden layer.
         ni: interneurons, one number for every hidden layer or one each; a tenth of the units if not given.
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
-            method.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
+            published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
 
@@ -126,8 +126,8 @@ class DANNConvNet(ImageClassifier):
         conv_ni: interneurons of each convolution, one number or one each; a tenth of the channels if not given.
         ni: the same for the hidden dense layers.
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
-            method.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
+            published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
@@ -185,8 +185,8 @@ class DANNVGG(ImageClassifier):
         depth: 16 or 19 layers.
         dropout: probability of dropping a hidden dense unit.
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
-            method.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
+            published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
@@ -229,8 +229,8 @@ class DANNResNet(ImageClassifier):
         depth: 20, 32 or 56 (for 32 x 32 pixels), 18, 34 or 50 (for larger images).
         shortcut: where a block adds its input: ``"after"`` its last ReLU or ``"before"`` it (`ResidualBlock`).
         divisive: whether inhibition divides as well as subtracts.
-        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the published
-            method.
+        balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
+            published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
         kwargs: see `ImageClassifier`.
     """
