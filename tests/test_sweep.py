@@ -97,7 +97,7 @@ def test_a_sweep_ends_with_the_config_of_the_best_epoch_of_what_the_task_monitor
 
 
 def test_hopeless_trials_end_early_but_not_in_the_first_third(sweep):
-    sweep(LR, "--trials=60", "--trainer.max_epochs=3")  # of which TPE draws some badly
+    sweep(LR, "--trials=30", "--trainer.max_epochs=3")  # of which TPE draws some badly
     lengths = {row["run"]: len(epochs_of(f"my sweeps/trials/{row['run']}")) for row in rows()}
     pruned = [row for row in rows() if row["state"] == "PRUNED"]
     assert pruned

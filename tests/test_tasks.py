@@ -63,7 +63,7 @@ def test_a_regression_learns_and_reloads(examples, make_trainer, tmp_path):
 
     x = torch.rand(200, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    model, trainer = Line(), make_trainer(max_epochs=150)
+    model, trainer = Line(), make_trainer(max_epochs=150, check_val_every_n_epoch=150)
     data = batches(x, x.sum(1, keepdim=True))
     trainer.fit(model, data, data)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_recurrent_dann_learns_from_sequences(examples, make_trainer):
     torch.manual_seed(0)
     x = torch.rand(200, 1, 6, 5)
     y = (x[:, 0, :, 0].sum(1) > 3).long()
-    model, trainer = Rows(d=5, n=20, num_classes=2), make_trainer(max_epochs=40)
+    model, trainer = Rows(d=5, n=20, num_classes=2), make_trainer(max_epochs=40, check_val_every_n_epoch=40)
     trainer.fit(model, batches(x, y), batches(x, y))
     assert trainer.callback_metrics["val_accuracy"] > 0.8
     assert_dale(model)
