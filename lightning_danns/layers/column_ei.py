@@ -94,7 +94,7 @@ class ColumnEILinear(DaleModule):
         if self.b is not None:
             self.b.zero_()
         if self.balanced:
-            balance_([self])
+            balance_(self)
 
     def balance(self) -> Balance | None:
         """Sums over the excitatory and over the inhibitory inputs, whose weights are scaled."""

@@ -152,28 +152,35 @@ def project_(model: nn.Module) -> None:
             layers[module] = None
         if module is not None:
             modules += module._modules.values()
-    signed: list[Tensor] = []
-    lowest: list[float] = []
+    parts: list[Balance | None] = []
     for layer in layers:
+        signed: list[Tensor] = []
+        lowest: list[float] = []
         for name, parameter in layer.nonnegative_parameters():
             signed.append(parameter)
             vanishing = layer.balanced and name in layer.balancing
             lowest.append(max(VANISHING, torch.finfo(parameter.dtype).tiny) if vanishing else 0.0)
-    if signed and all(type(parameter) is nn.Parameter for parameter in signed):
-        torch._foreach_clamp_min_(signed, lowest)  # all at once, as torch's optimizers step
-    else:  # shards, which do not mix with whole tensors or those of other meshes
-        for weight, low in zip(signed, lowest, strict=True):
-            weight.clamp_(min=low)
-    balance_([layer for layer in layers if layer.balanced])
+        if signed and all(type(parameter) is nn.Parameter for parameter in signed):
+            torch._foreach_clamp_min_(signed, lowest)  # all at once, as torch's optimizers step
+        else:  # shards, which do not mix with whole tensors or those of other meshes
+            for weight, low in zip(signed, lowest, strict=True):
+                weight.clamp_(min=low)
+        if layer.balanced:
+            parts.append(_totals(layer))  # now, while a processor has its weights in the cache
+    _scale_([part for part in parts if part is not None])
 
 
 @torch.no_grad()
-def balance_(layers: Sequence[DaleModule]) -> None:
-    """Scale inhibition onto each unit of ``layers`` until its total equals the unit's total excitation.
+def balance_(layer: DaleModule) -> None:
+    """Scale inhibition onto each unit of ``layer`` until its total equals the unit's total excitation.
 
     A unit without excitation, and one whose totals are not finite, keeps its weights.
     """
-    parts = [part for layer in layers if (part := _totals(layer)) is not None]
+    part = _totals(layer)
+    _scale_([] if part is None else [part])
+
+
+def _scale_(parts: Sequence[Balance]) -> None:
     if not parts:
         return
     together = len({(type(part.excitation), part.excitation.device, part.excitation.dtype) for part in parts}) == 1

@@ -128,7 +128,7 @@ class DANN(DaleModule):
         if self.b is not None:
             self.b.zero_()
         if self.balanced:
-            balance_([self])
+            balance_(self)
 
     def balance(self) -> Balance:
         """S_i = sum_j Wex_ij and I_i = sum_k Wei_ik sum_j Wix_kj, which a row of Wei scales."""
