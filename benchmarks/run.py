@@ -237,11 +237,12 @@ def loader(repeats: int) -> list[Row]:
 def fit(repeats: int) -> list[Row]:
     """A step of an epoch with metrics, logging, checkpoints and progress bar, against a bare loop over the loader."""
     times: dict[str, list[float]] = {"bare loop": [], "train.py fit": [], "Trainer().fit": []}
-    model = functools.partial(DANNMLP, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
+    model = functools.partial(DANNMLP, balanced=False, optimizer=functools.partial(torch.optim.SGD, lr=1e-3))
     with tempfile.TemporaryDirectory() as folder:
         data = noise_in(folder)
         batches = data.train_dataloader()
-        command = f"fit --model DANNMLP --model.optimizer.lr=1e-3 --data MNISTDataModule --data.data_dir={folder}"
+        command = "fit --model DANNMLP --model.balanced=false --model.optimizer.lr=1e-3 --data MNISTDataModule"
+        command += f" --data.data_dir={folder}"
         options = f"--data.val_size=32 --trainer.accelerator=cpu --trainer.max_epochs=1 --run_dir={folder}/run"
         for _ in range(max(3, repeats // 3)):
             bare = model()

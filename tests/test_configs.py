@@ -44,6 +44,11 @@ def test_a_config_runs(path, small_files, tmp_path, monkeypatch):
     assert finished.trainer.callback_metrics["train_loss"].isfinite()
 
 
+@pytest.mark.parametrize("path", [path for path in ARMS if path.stem in EIGHT and "dann" in path.stem], ids=name_of)
+def test_the_arms_of_the_paper_are_not_balanced(path):
+    assert yaml.safe_load(path.read_text())["model"]["init_args"]["balanced"] is False
+
+
 def test_all_recipes_together_run(small_files, tmp_path, monkeypatch):
     configs = [f"--config={path}" for path in (CONFIGS / "cifar10" / "dann_convnet.yaml", *RECIPES)]
     data = [f"--data.data_dir={small_files}", "--data.val_size=20", "--data.batch_size=16"]

@@ -193,7 +193,7 @@ EVERYWHERE = {
 }
 FITS = {  # module, Trainer
     "plain": (make, {}),
-    "balanced": (functools.partial(make, balanced=True), {}),
+    "as published": (functools.partial(make, balanced=False), {}),
     "EMA of balanced": (functools.partial(make, balanced=True), {"callbacks": lambda: [EMAWeightAveraging(decay=0.5)]}),
     "balanced columns": (functools.partial(make, ColumnEIMLP, pixel_mean=0.5, balanced=True), {}),
     "accumulation": (make, {"accumulate_grad_batches": 2}),

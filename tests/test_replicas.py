@@ -128,7 +128,7 @@ def focal(logits, labels):
         {"weight_decay": 0.01},
         {"correction": half_wei},
         {"rates": {"network.1": 0.1}},
-        {"balanced": True},
+        {"balanced": False},
     ],
     ids=lambda own: next(iter(own)),
 )

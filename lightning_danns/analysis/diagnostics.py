@@ -18,8 +18,8 @@ standard deviation of z_hat over the units of sample s.
                         variance of z that is the same for every image
 
 The last is of z, after g and b: what the ReLU meets. It is NaN if z never varies. At the start of DANNConvNet, on
-CIFAR-10, it is 0.80, 0.76 and 0.94 (two convolutions, dense layer); balanced 0.03, 0.07, 0.42; of ConvNet 0.74, 0.72,
-0.85.
+CIFAR-10, it is 0.80, 0.76 and 0.94 as published (two convolutions, dense layer) and 0.03, 0.07 and 0.42 balanced; of
+ConvNet 0.74, 0.72 and 0.85.
 
 LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0 by definition. Of its weights
 (`weight_diagnostics`), with singular values sigma_k of Wex - Wei Wix, p_k = sigma_k / sum sigma, H = -sum p_k log p_k:
@@ -35,9 +35,9 @@ LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0
 Of a step (`projection_cosine`): the cosine of the angle by which the projection turns it, from 0 (nothing is left) to 1
 (nothing was clamped).
 
-The values at the start are those of DANNMLP 784-500-500-500-10 with 50 interneurons a layer, of 3 seeds, on 608 images
-of MNIST5k. A sample whose inputs are all 0 (a black patch) counts with z_hat = 0. ColumnEILinear has its inhibitory
-inputs for interneurons, and z_hat = (W D) x.
+The values at the start are those of DANNMLP 784-500-500-500-10 as published (``balanced=False``), with 50 interneurons
+a layer, of 3 seeds, on 608 images of MNIST5k. A sample whose inputs are all 0 (a black patch) counts with z_hat = 0.
+ColumnEILinear has its inhibitory inputs for interneurons, and z_hat = (W D) x.
 """
 
 import math

@@ -161,7 +161,7 @@ def project_(model: nn.Module) -> None:
             vanishing = layer.balanced and name in layer.balancing
             lowest.append(max(VANISHING, torch.finfo(parameter.dtype).tiny) if vanishing else 0.0)
         if signed and all(type(parameter) is nn.Parameter for parameter in signed):
-            torch._foreach_clamp_min_(signed, lowest)  # all at once, as torch's optimizers step
+            torch._foreach_clamp_min_(signed, lowest)  # all of a layer at once, as torch's optimizers step
         else:  # shards, which do not mix with whole tensors or those of other meshes
             for weight, low in zip(signed, lowest, strict=True):
                 weight.clamp_(min=low)
