@@ -106,11 +106,14 @@ def test_balanced_layers_are_in_balance_at_every_step_and_after_averaging(precis
     assert_dale(model)
 
 
-def test_starting_weights_out_of_balance_are_refused(batches, make_trainer):
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_weights_out_of_balance_are_refused_and_left_as_they_are(stage, batches, make_trainer):
     model = small_dann(balanced=True)
     model.network[1].Wei.data *= 2
-    with pytest.raises(UsageError, match=r"network\.1 \(up to 1 of a unit's excitation\).*project_"):
-        make_trainer().fit(model, batches)
+    before = model.network[1].Wei.clone()
+    with pytest.raises(UsageError, match=r"network\.1 \(up to 1 of a unit's excitation\).*balanced=False"):
+        getattr(make_trainer(), stage)(model, batches)
+    assert torch.equal(model.network[1].Wei, before)
 
 
 def test_it_serves_any_lightning_module(batches, make_trainer):
@@ -152,11 +155,12 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception(batches, make_train
         assert bool((model.network[1].Wex < 0).any())
 
 
-def test_negative_starting_weights_are_refused_by_name_and_value(batches, make_trainer):
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_negative_starting_weights_are_refused_by_name_and_value(stage, batches, make_trainer):
     model = small_dann()
     model.network[1].Wix.data[0, 0] = -0.125
     with pytest.raises(UsageError, match=r"network\.1\.Wix \(lowest value -0\.125\).*project_"):
-        make_trainer().fit(model, batches)
+        getattr(make_trainer(), stage)(model, batches)
 
 
 @pytest.mark.parametrize("validate_first", [True, False])

@@ -15,8 +15,8 @@ from lightning_danns.layers import dale_layers, imbalances, project_, refuse_neg
 from lightning_danns.optim import require_factors
 
 _START = (
-    "the starting weights break Dale's principle: {}. Apply lightning_danns.project_(model), or start from weights "
-    "that were trained under it"
+    "weights that must be >= 0 are not: {}. Apply lightning_danns.project_(model), or start from weights that were "
+    "trained under Dale's principle"
 )
 _TRAINED = (
     "weights that must be >= 0 are not: {}. If they are nan, training has diverged (lower the learning rate) or the "
@@ -33,9 +33,9 @@ class DaleProjection(pl.Callback):
     and manual optimization, and other callbacks, checkpoints and validation only ever see projected weights. Averages
     of such weights (EMA) keep their signs; they are balanced before they are validated and when a fit ends.
 
-    It refuses, when a fit starts, weights of the wrong sign or out of balance; in each stage, the first inputs of a
-    layer from each loader if one is negative; before every step, learning rates that have lost their factors. A NaN has
-    no sign: it ends the fit at the end of the epoch, and before a checkpoint is written.
+    It refuses, when any stage starts, weights of the wrong sign or out of balance, and the first inputs of a layer from
+    each loader if one is negative; before every step, learning rates that have lost their factors. A NaN has no sign:
+    it ends the fit at the end of the epoch, and before a checkpoint is written.
 
     To project differently, subclass it and override `project`; the module then uses your instance.
 
@@ -87,8 +87,15 @@ class DaleProjection(pl.Callback):
         self._hooks[optimizer] = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if imbalances(pl_module):  # averages, which an averaging callback has put in place
+        if trainer.state.fn != "fit":
+            self._refuse_start(pl_module)
+        elif imbalances(pl_module):  # averages, which an averaging callback has put in place
             self.project(pl_module)
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_start(pl_module)
+
+    on_predict_epoch_start = on_test_epoch_start
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -132,7 +139,7 @@ class DaleProjection(pl.Callback):
         if any(worst > ROUNDING for worst in lost.values()):
             listing = ", ".join(f"{name} (up to {worst:.2g} of a unit's excitation)" for name, worst in lost.items())
             raise UsageError(
-                f"these layers are balanced, but their starting weights are not: {listing}. Apply "
+                f"these layers are balanced, but their weights are not: {listing}. Apply "
                 "lightning_danns.project_(model), which balances them, or make them with balanced=False"
             )
         if lost:  # by rounding, where weights were made in another precision
@@ -140,7 +147,7 @@ class DaleProjection(pl.Callback):
 
 
 ROUNDING = 1e-3
-"""Imbalance that another precision of the weights explains; more is refused when a fit starts."""
+"""Imbalance that another precision of the weights explains; more is refused when a stage starts."""
 
 
 def _nothing() -> None: ...  # no lambda, because processes that are spawned get a copy
