@@ -108,7 +108,7 @@ NGD = functools.partial(DiagonalNGD, lr=1.0)
 
 def test_it_trains_a_dann_through_the_trainer(data_dir, make_trainer):
     torch.manual_seed(0)
-    model = DANNMLP(hidden_sizes=[20], ni=1, correction="none", optimizer=NGD)
+    model = DANNMLP(hidden_sizes=[20], ni=1, balanced=False, correction="none", optimizer=NGD)
     data = MNISTDataModule(str(data_dir), val_size=50, batch_size=30)
     trainer = make_trainer(max_epochs=2)
     before = model.network[1].Wix.clone()
@@ -176,7 +176,7 @@ def test_parts_of_a_batch_count_as_one_batch():
 def test_gradient_accumulation_equals_a_larger_batch(data_dir, make_trainer):
     def fit(batch_size, accumulate):
         torch.manual_seed(0)
-        model = DANNMLP(hidden_sizes=[20], ni=2, correction="none", optimizer=NGD)
+        model = DANNMLP(hidden_sizes=[20], ni=2, balanced=False, correction="none", optimizer=NGD)
         images = TensorDataset(torch.rand(60, 1, 28, 28, dtype=torch.float64), torch.arange(60) % 10)
         trainer = make_trainer(max_epochs=2, accumulate_grad_batches=accumulate)
         trainer.fit(model.double(), DataLoader(images, batch_size))

@@ -39,6 +39,7 @@ from lightning_danns import (
 SGD = partial(torch.optim.SGD, lr=0.1)
 MODELS = {
     "dann": partial(DANNMLP, hidden_sizes=[12]),
+    "dann as published": partial(DANNMLP, hidden_sizes=[12], balanced=False),
     "mlp": partial(MLP, hidden_sizes=[12]),
     "columns": partial(ColumnEIMLP, hidden_sizes=[11], pixel_mean=0.5),
     "convolutional dann": partial(DANNConvNet, channels=[4, 4], hidden_sizes=[8]),
