@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_danns.callbacks import DaleProjection as DaleProjection
     from lightning_danns.callbacks import FisherMonitor as FisherMonitor
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
+    from lightning_danns.callbacks import StandardisedStart as StandardisedStart
     from lightning_danns.callbacks import StartFrom as StartFrom
     from lightning_danns.callbacks import Unfreeze as Unfreeze
     from lightning_danns.callbacks import load_body_ as load_body_
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_danns.layers import DANNConv2d as DANNConv2d
     from lightning_danns.layers import DANNLinear as DANNLinear
     from lightning_danns.layers import project_ as project_
+    from lightning_danns.layers import standardise_ as standardise_
     from lightning_danns.modules import DANNMLP as DANNMLP
     from lightning_danns.modules import DANNVGG as DANNVGG
     from lightning_danns.modules import MLP as MLP
@@ -56,11 +58,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "layers": "ColumnEILinear DANNConv2d DANNLinear DaleModule project_",
+    "layers": "ColumnEILinear DANNConv2d DANNLinear DaleModule project_ standardise_",
     "optim": "DiagonalNGD Sequential WarmupCosine fisher_param_groups fisher_ratios measured_factors",
     "callbacks": (
-        "CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping StartFrom Unfreeze "
-        "load_body_"
+        "CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping "
+        "StandardisedStart StartFrom Unfreeze load_body_"
     ),
     "modules": (
         "Classification ColumnEIMLP ConvNet DANNConvNet DANNMLP DANNResNet DANNVGG DaleLightningModule "

@@ -43,7 +43,7 @@ class ConvFamily(Family, Protocol):
 
 @dataclass(frozen=True)
 class DANNFamily:
-    """Excitatory units with interneurons of their own (`DANNLinear`, `DANNConv2d`); as published unless ``balanced``."""
+    """Excitatory units with interneurons of their own (`DANNLinear`, `DANNConv2d`), not balanced if not said."""
 
     divisive: bool = True
     balanced: bool = False

@@ -4,6 +4,7 @@ from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogge
 from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
 from lightning_danns.callbacks.projection import DaleProjection, refuse_unprojected
+from lightning_danns.callbacks.start import StandardisedStart
 from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DaleProjection",
     "FisherMonitor",
     "LayerGradientClipping",
+    "StandardisedStart",
     "StartFrom",
     "Unfreeze",
     "load_body_",

@@ -15,6 +15,7 @@ from lightning_danns.layers.dale import (
 )
 from lightning_danns.layers.dann_conv import DANNConv2d
 from lightning_danns.layers.dann_linear import DANNLinear
+from lightning_danns.layers.standardise import standardise_
 
 __all__ = [
     "Balance",
@@ -29,5 +30,6 @@ __all__ = [
     "project_",
     "refuse_negative_inputs",
     "sign_violations",
+    "standardise_",
     "unobservable",
 ]

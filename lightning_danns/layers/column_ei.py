@@ -104,6 +104,13 @@ class ColumnEILinear(DaleModule):
         return Balance(total(self.W[:, :ne]), total(self.W[:, ne:]), self.W[:, ne:])
 
     @torch.no_grad()
+    def standardise_(self, mean: Tensor, std: Tensor) -> None:
+        """z becomes (z - mean) / std by the rows of W, whose signs and balance stay, and by b."""
+        self.W.div_(std[:, None])
+        if self.b is not None:
+            self.b.sub_(mean).div_(std)
+
+    @torch.no_grad()
     def centre_(self, pixel_mean: float) -> None:
         """Set b = -sqrt(d) pixel_mean, so that an all-excitatory layer starts with mean drive 0 on such images.
 

@@ -64,6 +64,7 @@ class DaleModule(nn.Module):
     Methods:
         lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
         balance: both totals of each unit, of a layer that can be balanced.
+        standardise_: changes z of each unit to (z - mean) / std, of a layer that can (`standardise_`).
         components, net_weight: for analysis (`lightning_danns.analysis`), if the layer has such parts.
 
     Example:
@@ -100,6 +101,9 @@ class DaleModule(nn.Module):
     def balance(self) -> Balance | None:
         """Total excitation and inhibition of each unit, and the weights that balance them; None if it has not both."""
         return None
+
+    def standardise_(self, mean: Tensor, std: Tensor) -> None:
+        """Change own parameters so that z of each unit becomes (z - mean) / std; a layer that cannot leaves them."""
 
     def components(self, x: Tensor) -> DANNComponents | None:
         """Every part of the computation for input ``x``, for analysis; None if the layer does not tell."""

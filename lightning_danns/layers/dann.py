@@ -139,6 +139,17 @@ class DANN(DaleModule):
             inhibition = (Wei.view(self.groups, -1, Wei.shape[1]) * Wix.view(self.groups, 1, -1)).sum(-1).flatten()
         return Balance(total(self.Wex), inhibition, self.Wei)
 
+    @torch.no_grad()
+    def standardise_(self, mean: Tensor, std: Tensor) -> None:
+        """z becomes (z - mean) / std by g and b; without division Wex and Wei take the place of g, which keeps balance.
+
+        Without a bias, z becomes z / std.
+        """
+        for values in (self.Wex, self.Wei) if self.g is None else (self.g,):
+            values.div_(std.view(-1, *[1] * (values.dim() - 1)))
+        if self.b is not None:
+            self.b.sub_(mean).div_(std)
+
     def lr_factors(self) -> dict[str, float]:
         """Fisher corrections: Wix 1/√ne, Wei 1/d, alpha 1/(d √ne); Wex, g and b keep 1."""
         root = math.sqrt(self.ne // self.groups)

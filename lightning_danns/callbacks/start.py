@@ -1,0 +1,43 @@
+"""A network that starts from its first batch."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_danns.errors import UsageError
+from lightning_danns.layers import dale_layers, standardise_
+
+
+class StandardisedStart(pl.Callback):
+    """Centres and standardises the layers of a new network over its first batch (`standardise_`), before the first step.
+
+        python train.py fit --config configs/quickstart.yaml --trainer.callbacks+=StandardisedStart
+
+    Several processes standardise over all their parts of the batch. A fit that goes on is past its first step, and is
+    left alone. Factors that are measured are those of the network as it was made.
+
+    Raises:
+        UsageError: the network was trained or standardised already, so that a layer's b is not 0; see `standardise_`.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step or batch_idx:
+            return
+        for name, layer in dale_layers(pl_module):
+            b = getattr(layer, "b", None)
+            if isinstance(b, Tensor) and bool((b != 0).any()):
+                raise UsageError(
+                    f"{name}.b is not 0, so the network is not new: StandardisedStart would change what it computes. "
+                    "Leave the callback out"
+                )
+        x = trainer.precision_plugin.convert_input(batch if isinstance(batch, Tensor) else batch[0])
+
+        def over_processes(values: Tensor) -> Tensor:
+            return torch.as_tensor(trainer.strategy.reduce(values, reduce_op="mean"))
+
+        with trainer.precision_plugin.forward_context():
+            standardise_(pl_module, x, over_processes)
