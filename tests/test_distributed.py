@@ -54,11 +54,14 @@ def saved(rank, count):
     return torch.load(f"{rank}of{count}.pt")
 
 
-@pytest.mark.parametrize(("count", "launcher"), [(2, torchrun), (3, srun)])
-def test_processes_train_like_one_with_their_joint_batch(folder, count, launcher):
+STARTED = ["--trainer.callbacks+=StandardisedStart"]
+
+
+@pytest.mark.parametrize(("count", "launcher", "args"), [(2, torchrun, []), (3, srun, STARTED)])
+def test_processes_train_like_one_with_their_joint_batch(folder, count, launcher, args):
     def work(rank):
         folders.datetime = SimpleNamespace(now=lambda: datetime(2000 + rank, 1, 1))  # no two start at the same time
-        fit(rank, count, 30 // count)
+        fit(rank, count, 30 // count, *args)
 
     assert wait(start(work, count, launcher)) == [0] * count
     (run_folder,) = (folder / "runs" / "DANNMLP").iterdir()
@@ -71,7 +74,7 @@ def test_processes_train_like_one_with_their_joint_batch(folder, count, launcher
         assert first["folder"] == other["folder"]
     assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
-    fit(0, 1, 30, "--run_dir=alone")
+    fit(0, 1, 30, "--run_dir=alone", *args)
     alone = saved(0, 1)
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(first["weights"][name], weight, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ from lightning_danns.layers import dale_layers, standardise_
 
 
 class StandardisedStart(pl.Callback):
-    """Centres and standardises the layers of a new network over its first batch (`standardise_`), before the first step.
+    """Centres and standardises the layers of a new network over its first batch, before a step (`standardise_`).
 
         python train.py fit --config configs/quickstart.yaml --trainer.callbacks+=StandardisedStart
 
