@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 import lightning_danns.cli as cli
 import lightning_danns.cli.run_folder as folders
-from lightning_danns import DANNMLP, DaleDiagnostics, DANNLinear, MNISTDataModule, UsageError, project_
+from lightning_danns import DANNMLP, DaleDiagnostics, DANNLinear, MNISTDataModule, UsageError, project_, standardise_
 from lightning_danns.analysis.diagnostics import effective_rank
 from lightning_danns.layers import sign_violations
 
@@ -190,6 +190,8 @@ def test_shards_beside_whole_weights_are_projected_and_checked(folder):
             for parameter in net.parameters():
                 parameter.sub_(10)
         before = sign_violations(net)
+        with pytest.raises(UsageError, match="'2' is sharded"):
+            standardise_(net, torch.rand(8, 6))
         project_(net)
         assert set(before) == {f"{k}.{name}" for k in (0, 2) for name in ("Wex", "Wix", "Wei", "g")}
         assert -10 <= before["2.Wix"] < -9

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers.dale import DaleModule, dale_layers
+from lightning_danns.layers.dann import at_least_float32
 
 
 def _here(values: Tensor) -> Tensor:
@@ -51,29 +52,30 @@ def standardise_(model: nn.Module, x: Tensor, reduce: Callable[[Tensor], Tensor]
         (True, True)
     """
     names = {layer: name for name, layer in dale_layers(model)}
+    for layer, name in names.items():
+        if any(type(parameter) is not nn.Parameter for parameter in layer.parameters(recurse=False)):
+            raise UsageError(f"layer {name!r} is sharded: standardise the network before it is")
     order: list[DaleModule] = []
-    with _hooked(model, {layer: lambda layer, args, z: order.append(layer) for layer in names}):
+    with _hooked(model, {layer: lambda layer, *_: order.append(layer) for layer in names}):
         model(x)
     if len(order) < 2:
         raise UsageError(f"{len(order)} signed layers run: the last is not standardised, so it takes two or more")
     for layer in order:
         if order.count(layer) > 1:
             raise UsageError(f"layer {names[layer]!r} runs {order.count(layer)} times for an input: it must run once")
-        if any(type(parameter) is not nn.Parameter for parameter in layer.parameters(recurse=False)):
-            raise UsageError(f"layer {names[layer]!r} is sharded: standardise the network before it is")
     before: dict[str, Tensor] = {}
 
-    def standardise(layer: DaleModule, args: Any, z: Tensor) -> Tensor:
+    def standardise(layer: DaleModule, args: Any, kwargs: Any, z: Tensor) -> Tensor:
         name = names[layer]
-        units = z.transpose(layer.unit_dim, -1).flatten(0, -2).double()
-        mean, square = reduce(torch.stack([units.mean(0), units.square().mean(0)]))
-        std = (square - mean.square()).clamp(min=0).sqrt()
+        units = at_least_float32(z.transpose(layer.unit_dim, -1).flatten(0, -2))
+        mean = reduce(units.mean(0))
+        std = reduce((units - mean).square().mean(0)).sqrt()
         if not bool(std.isfinite().all()):
             raise UsageError(f"layer {name!r}: z is not finite for this batch, so it cannot be standardised")
         before[name] = std.to(z.dtype)
         varies = std > 1e-6 * (1 + mean.abs())
         layer.standardise_(mean.to(z.dtype), torch.where(varies, std, 1).to(z.dtype))
-        return layer.forward(*args)
+        return layer.forward(*args, **kwargs)
 
     with _hooked(model, {layer: standardise for layer in order[:-1]}):
         model(x)
@@ -84,7 +86,7 @@ def standardise_(model: nn.Module, x: Tensor, reduce: Callable[[Tensor], Tensor]
 def _hooked(model: nn.Module, hooks: Mapping[DaleModule, Callable[..., Any]]) -> Iterator[None]:
     """In evaluation mode and not compiled, with a forward hook on each of these layers."""
     modes = {module: module.training for module in model.modules()}
-    handles = [layer.register_forward_hook(hook) for layer, hook in hooks.items()]
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer, hook in hooks.items()]
     try:
         with torch.compiler.set_stance("force_eager"):
             model.eval()
