@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks.weight_averaging import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_danns import DANNMLP, DaleProjection, DANNLinear, UsageError
+from lightning_danns import DANNMLP, DaleProjection, DANNLinear, UsageError, project_
 from lightning_danns.layers import imbalances
 from lightning_danns.testing import assert_dale
 
@@ -153,6 +153,34 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception(batches, make_train
         for optimizer in trainer.optimizers:
             optimizer.step()
         assert bool((model.network[1].Wex < 0).any())
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_averages_of_a_checkpoint_are_balanced_when_a_stage_starts(stage, batches, make_trainer, tmp_path):
+    fast = functools.partial(torch.optim.SGD, lr=1.0)
+    trainer = make_trainer(callbacks=[EMAWeightAveraging(decay=0.9)], max_epochs=2)
+    trainer.fit(small_dann(balanced=True, optimizer=fast), batches)  # nothing has validated, and balanced, the averages
+    trainer.save_checkpoint(tmp_path / "averages.ckpt")
+    averages = torch.load(tmp_path / "averages.ckpt")["state_dict"]
+    model = small_dann(balanced=True, optimizer=fast)
+    model.load_state_dict(averages)
+    assert max(imbalances(model).values()) > 0.03
+    with pytest.raises(UsageError, match="if they are averages, apply"):
+        getattr(make_trainer(), stage)(model, batches)
+    project_(model)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    getattr(make_trainer(max_epochs=2), stage)(model, batches, ckpt_path=tmp_path / "averages.ckpt")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_published_network_is_not_taken_for_a_balanced_one(batches, make_trainer):
+    published = DANNMLP(balanced=False)
+    model = DANNMLP()
+    model.load_state_dict(published.state_dict())
+    x, y = torch.rand(8, 1, 28, 28), torch.arange(8)
+    with pytest.raises(UsageError, match="balanced=False"):
+        make_trainer().test(model, DataLoader(TensorDataset(x, y), 4))
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])

@@ -35,7 +35,8 @@ class DaleProjection(pl.Callback):
 
     It refuses, when any stage starts, weights of the wrong sign or out of balance, and the first inputs of a layer from
     each loader if one is negative; before every step, learning rates that have lost their factors. A NaN has no sign:
-    it ends the fit at the end of the epoch, and before a checkpoint is written.
+    it ends the fit at the end of the epoch, and before a checkpoint is written. A little imbalance, and that of
+    averages which the Trainer restores from a checkpoint, is mended instead.
 
     To project differently, subclass it and override `project`; the module then uses your instance.
 
@@ -46,6 +47,7 @@ class DaleProjection(pl.Callback):
 
     def __init__(self) -> None:
         self._hooks: dict[Optimizer, list[RemovableHandle]] = {}
+        self._averages = False
         self._end_input_check: Callable[[], None] = _nothing
 
     def project(self, pl_module: pl.LightningModule) -> None:
@@ -55,6 +57,11 @@ class DaleProjection(pl.Callback):
     def violations(self, pl_module: pl.LightningModule) -> dict[str, float]:
         """What ends a fit: the lowest value of each weight that is not >= 0, by name."""
         return sign_violations(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._averages = "current_model_state" in checkpoint  # beside which Lightning's WeightAveraging saves averages
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse_start(pl_module)
@@ -132,22 +139,24 @@ class DaleProjection(pl.Callback):
         for handle in itertools.chain(*self._hooks.values()):
             handle.remove()
         self._hooks = {}
+        self._averages = False
 
     def _refuse_start(self, pl_module: pl.LightningModule) -> None:
         _refuse(self.violations(pl_module), _START)
         lost = imbalances(pl_module)
-        if any(worst > ROUNDING for worst in lost.values()):
+        if not self._averages and any(worst > MENDED for worst in lost.values()):
             listing = ", ".join(f"{name} (up to {worst:.2g} of a unit's excitation)" for name, worst in lost.items())
             raise UsageError(
-                f"these layers are balanced, but their weights are not: {listing}. Apply "
-                "lightning_danns.project_(model), which balances them, or make them with balanced=False"
+                f"these layers are balanced, but their weights are not: {listing}. If they were trained so, make them "
+                "with balanced=False; if not, or if they are averages, apply lightning_danns.project_(model)"
             )
-        if lost:  # by rounding, where weights were made in another precision
+        if lost:
             self.project(pl_module)
 
 
-ROUNDING = 1e-3
-"""Imbalance that another precision of the weights explains; more is refused when a stage starts."""
+MENDED = 0.03
+"""Imbalance that is mended when a stage starts, because averages of balanced weights, and weights made in another
+precision, may have it. The worst unit of a network that was never balanced is further off."""
 
 
 def _nothing() -> None: ...  # no lambda, because processes that are spawned get a copy
