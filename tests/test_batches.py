@@ -1,5 +1,8 @@
 """The order of batches, and where it goes on."""
 
+import gc
+import multiprocessing
+import weakref
 from itertools import chain, islice
 
 import pytest
@@ -114,6 +117,20 @@ def test_a_loader_goes_on_after_any_batch(make_loader, num_workers):
         second.load_state_dict(first.state_dict())
         rest = everything[done:]
         assert served(second, 1) == rest[: len(rest) % 4 or 4]
+
+
+def test_a_loader_that_is_let_go_ends_its_workers_at_once(make_loader):
+    gc.collect()
+    gc.disable()  # what collects cycles ends workers late, and in 5 seconds each
+    try:
+        loader = make_loader(num_workers=1)
+        served(loader, 1)
+        alive, workers = weakref.ref(loader), multiprocessing.active_children()
+        del loader
+        assert alive() is None
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
 
 
 def test_an_epoch_that_was_left_early_is_followed_by_a_whole_one(make_loader):

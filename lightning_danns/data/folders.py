@@ -1,5 +1,6 @@
 """Images in class folders as DataModules: decoded when needed, pixels in [0, 1], any number of them."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -169,7 +170,8 @@ class ImageFolderDataModule(ResumableDataModule):
             raise UsageError("on_error='skip' with a list of order seeds: batches of unequal size cannot be stacked")
         if val_size is not None and val_size < 0:
             raise UsageError(f"val_size={val_size}: give the number of images to hold out, 0 to hold out none")
-        self.save_hyperparameters(ignore=["train_transform", "eval_transform", "batch_transform"])
+        transforms = ["train_transform", "eval_transform", "batch_transform"]
+        self.save_hyperparameters(ignore=transforms, frame=inspect.currentframe())  # as in modules.py
         self.folder = Path(data_dir).expanduser().absolute()
         self.channels, self.val_size, self.split_seed, self.on_error = image_channels, val_size, split_seed, on_error
         self.train_transform = train_transform or v2.Compose(

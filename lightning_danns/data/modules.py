@@ -1,5 +1,6 @@
 """Images as DataModules: pixels in [0, 1], kept in memory as bytes, batches cut by one indexing operation."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -103,7 +104,9 @@ class ImageDataModule(ResumableDataModule):
             raise UsageError(f"val_size={val_size}: give the number of images to hold out, 0 to hold out none")
         if not 0 <= split_seed < 2**63:
             raise UsageError(f"split_seed={split_seed}: it must be from 0 to 2^63 - 1")
-        self.save_hyperparameters()
+        # Lightning's own frame would refer to itself, and to this module: workers of a loader that is iterated by hand
+        # would end late, in 5 seconds each
+        self.save_hyperparameters(frame=inspect.currentframe())
         self.data_dir, self.val_size, self.split_seed = data_dir, val_size, split_seed
 
     @property
