@@ -21,17 +21,17 @@ from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import NOT_SAVED, plain, restored
 from lightning_danns.modules.base import DaleLightningModule
 
-MANIFEST = Path(__file__).with_name("released.yaml")
-"""The networks that this package has released."""
+MANIFEST = Path(__file__).parents[1] / "weights" / "released.yaml"
+"""The networks that come with this package."""
 
 
-def load_pretrained(name: str, source: str | Path, manifest: str | Path = MANIFEST) -> DaleLightningModule:
+def load_pretrained(name: str, source: str | Path | None = None, manifest: str | Path = MANIFEST) -> DaleLightningModule:
     """The released network of that name, with its trained weights, in evaluation mode.
 
     Args:
         name: of a network in the manifest.
-        source: the folder that holds the file, or its address (``https://...``), from which the file is copied once,
-            into ``lightning_danns`` in ``torch.hub.get_dir()``.
+        source: the folder that holds the file; that of the manifest, if not given. Or an address (``https://...``),
+            from which the file is copied once, into ``lightning_danns`` in ``torch.hub.get_dir()``.
         manifest: that of this package, if not given.
 
     Raises:
@@ -42,13 +42,14 @@ def load_pretrained(name: str, source: str | Path, manifest: str | Path = MANIFE
         >>> from lightning_danns import DANNMLP
         >>> folder, trained = getfixture("tmp_path"), DANNMLP(hidden_sizes=[20])
         >>> manifest = export_pretrained(trained, "digits", folder, result="none, an example")
-        >>> torch.equal(load_pretrained("digits", folder, manifest).network[1].Wex, trained.network[1].Wex)
+        >>> digits = load_pretrained("digits", manifest=manifest)
+        >>> torch.equal(digits.network[1].Wex, trained.network[1].Wex)
         True
     """
     released = read_yaml(Path(manifest))
     if name not in released:
         raise UsageError(f"{name!r} is no released network; these are: {', '.join(released) or 'none'}")
-    entry = released[name]
+    entry, source = released[name], Path(manifest).parent if source is None else source
     if "://" in str(source):
         path = _fetched(f"{str(source).rstrip('/')}/{entry['file']}", entry)
     else:
