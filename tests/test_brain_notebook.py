@@ -9,7 +9,7 @@ import scipy.io
 from scipy.spatial.distance import pdist, squareform
 from scipy.stats import spearmanr
 
-from lightning_danns import ConvNet, DANNConvNet, export_pretrained
+from lightning_danns import DANNResNet, ResNet, export_pretrained
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebooks" / "4_network_against_the_brain.ipynb"
 PHOTOGRAPHS, PEOPLE = 24, 4
@@ -45,10 +45,8 @@ def brain(tmp_path):
 
 @pytest.fixture
 def manifest(tmp_path):
-    small = {"input_shape": (3, 32, 32), "channels": [4, 4], "hidden_sizes": [32]}
-    for seed in (0, 1):
-        export_pretrained(ConvNet(**small, norm="centred"), f"cifar10_convnet_centred_seed{seed}", tmp_path)
-        path = export_pretrained(DANNConvNet(**small), f"cifar10_dann_convnet_balanced_seed{seed}", tmp_path)
+    for make, name in ((ResNet, "cifar10_resnet20_seed1"), (DANNResNet, "cifar10_dann_resnet20_seed1")):
+        path = export_pretrained(make(depth=20, input_shape=(3, 32, 32)), name, tmp_path)
     return path
 
 
@@ -63,7 +61,7 @@ def test_the_notebook_runs_on_other_photographs_and_networks(brain, manifest, mo
     pytest.importorskip("rsatoolbox")
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     folder = str(manifest.parent)
-    settings = {"BRAIN": folder, "WEIGHTS": folder, "MANIFEST": str(manifest), "SAMPLES": "5"}
+    settings = {"BRAIN": folder, "MANIFEST": str(manifest), "SAMPLES": "5"}
     for name, value in settings.items():
         monkeypatch.setenv(f"DANN_{name}", value)
     notebook = nbformat.read(NOTEBOOK, 4)
