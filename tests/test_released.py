@@ -197,7 +197,8 @@ def test_what_nobody_else_could_make_is_not_exported(tmp_path):
 def test_a_network_of_the_package_comes_with_it(name):
     entry = yaml.safe_load(MANIFEST.read_text())[name]
     model = load_pretrained(name)
-    assert_dale(model)
+    if "dann" in name:
+        assert_dale(model)
     assert model.network(torch.rand(2, *entry["model"]["init_args"]["input_shape"])).shape == (2, 10)
     assert entry["file"] == f"{name}-{entry['sha256'][:8]}.pt"
     assert entry["result"].startswith("test error")

@@ -25,7 +25,9 @@ MANIFEST = Path(__file__).parents[1] / "weights" / "released.yaml"
 """The networks that come with this package."""
 
 
-def load_pretrained(name: str, source: str | Path | None = None, manifest: str | Path = MANIFEST) -> DaleLightningModule:
+def load_pretrained(
+    name: str, source: str | Path | None = None, manifest: str | Path = MANIFEST
+) -> DaleLightningModule:
     """The released network of that name, with its trained weights, in evaluation mode.
 
     Args:
