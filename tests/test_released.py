@@ -207,5 +207,6 @@ def test_a_network_of_the_package_comes_with_it(name):
 
 def test_no_file_lies_in_the_package_that_no_entry_is_of():
     entries = yaml.safe_load(MANIFEST.read_text()).values()
+    assert entries
     assert {path.name for path in MANIFEST.parent.glob("*.pt")} == {entry["file"] for entry in entries}
     assert sum(entry["size"] for entry in entries) < 3_000_000  # the wheel stays small

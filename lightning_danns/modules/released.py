@@ -51,7 +51,9 @@ def load_pretrained(
     released = read_yaml(Path(manifest))
     if name not in released:
         raise UsageError(f"{name!r} is no released network; these are: {', '.join(released) or 'none'}")
-    entry, source = released[name], Path(manifest).parent if source is None else source
+    entry = released[name]
+    if source is None:
+        source = Path(manifest).parent
     if "://" in str(source):
         path = _fetched(f"{str(source).rstrip('/')}/{entry['file']}", entry)
     else:
