@@ -132,3 +132,22 @@ def test_wrong_geometry_is_refused_by_value(arguments, message):
 def test_images_that_do_not_fit_are_refused_by_shape(shape, message):
     with pytest.raises(UsageError, match=message):
         DANNConv2d(4, 8, 2, 3, dilation=2)(torch.rand(shape))
+
+
+@pytest.mark.parametrize(("images", "folds"), [(1, False), (8, True)])
+@pytest.mark.parametrize("divisive", [True, False])
+def test_few_pixels_and_many_take_two_ways_to_the_same_values_and_gradients(divisive, images, folds, monkeypatch):
+    """Fewer pixels than a unit has inputs (27): drives first; more: Wei Wix first."""
+    layer = DANNConv2d(3, 6, 2, kernel_size=3, padding=1, divisive=divisive).double()
+    x = torch.rand(images, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    folded = []
+    fold = DANNConv2d._folded
+    monkeypatch.setattr(DANNConv2d, "_folded", lambda self, x: folded.append(True) or fold(self, x))
+    ways = [layer(x), layer.components(x).z, fold(layer, x)]
+    assert bool(folded) == folds
+    for z in ways[1:]:
+        torch.testing.assert_close(ways[0], z)
+    dz = torch.rand_like(ways[0])
+    gradients = [torch.autograd.grad(z, [x, *layer.parameters()], dz) for z in ways]
+    for others in gradients[1:]:
+        torch.testing.assert_close(gradients[0], others)

@@ -197,11 +197,11 @@ class DANN(DaleModule):
             net, Wix = self.net_weight(), self.Wix  # type: Tensor, Tensor
             if self.alpha is not None and self.g is not None:
                 net, Wix = _scale_rows(net, self.g), _scale_rows(Wix, self.alpha.exp())
-        z = at_least_float32(self._drive(x, net))
-        z_i = self._drive(x, Wix) if self.divisive else None
+        z, z_i = self._drives(x, net, Wix) if self.divisive else (self._drive(x, net), None)
+        eps, z = self._eps_for(z), at_least_float32(z)
         with without_autocast(x):
             if z_i is not None:
-                z = z / (self._inhibit(at_least_float32(z_i)) + self._eps_for(z_i))
+                z = self._divide(z, at_least_float32(z_i), eps)
             if self.b is not None:
                 z = z + self._per_unit(self.b)
         return z.to(self.Wex.dtype)
@@ -212,6 +212,15 @@ class DANN(DaleModule):
         Gradients of drives go back through their format, and float16 cannot hold what a division by 1e-8 gives.
         """
         return max(self.eps, torch.finfo(drive.dtype).tiny)
+
+    def _drives(self, x: Tensor, Wex: Tensor, Wix: Tensor) -> tuple[Tensor, Tensor]:
+        if self.groups > 1:
+            return self._drive(x, Wex), self._drive(x, Wix)
+        z_e, z_i = self._drive(x, torch.cat([Wex, Wix])).split([self.ne, self.ni], self.unit_dim)
+        return z_e, z_i
+
+    def _divide(self, z_e: Tensor, z_i: Tensor, eps: float) -> Tensor:
+        return z_e / (self._inhibit(z_i) + eps)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inhibition
 from lightning_danns.layers.dann import DANN, at_least_float32
-from lightning_danns.layers.fused import DivisiveConv2d, in_half, transformed
+from lightning_danns.layers.fused import Quotient, in_half, transformed
 
 Pair = int | tuple[int, int]
 
@@ -128,17 +128,23 @@ class DANNConv2d(DANN):
 
     def forward(self, x: Tensor) -> Tensor:
         self._refuse_misfit(x)
-        # elsewhere than on CPUs, convolutions may round float32 (TF32): then the folded kernels lose less
-        by_hand = x.is_cpu and self.groups == 1 and isinstance(self.padding, tuple) and self.alpha is not None
-        if not by_hand or in_half(x) or transformed():
+        # Wei Wix costs ne ni d, and spares ne ni for each pixel. Elsewhere than on CPUs, convolutions may round float32
+        # (TF32): then what is folded loses less.
+        pixels = x.numel() // (self.in_channels * self.stride[0] * self.stride[1])  # about as many come out
+        if not x.is_cpu or in_half(x) or transformed() or pixels > self.d:
             return self._folded(x)
-        images = x if x.dim() == 4 else x[None]
-        geometry = (self.stride, self.padding, self.dilation)
-        z = DivisiveConv2d.apply(images, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b, self.eps, geometry)
-        return z if x.dim() == 4 else z[0]
+        return self.components(x).z
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def _divide(self, z_e: Tensor, z_i: Tensor, eps: float) -> Tensor:
+        if self.groups > 1 or transformed():
+            return super()._divide(z_e, z_i, eps)
+        images = z_i.clone()  # alone: a view would keep both drives for the backward pass
+        if z_e.dim() == 3:
+            return Quotient.apply(z_e[None], images[None], at_least_float32(self.Wei), eps)[0]
+        return Quotient.apply(z_e, images, at_least_float32(self.Wei), eps)
 
     def _inhibit(self, z_i: Tensor) -> Tensor:
         return F.conv2d(z_i, at_least_float32(self.Wei)[:, :, None, None], groups=self.groups)

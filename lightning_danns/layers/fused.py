@@ -1,14 +1,4 @@
-"""The equations of `lightning_danns.layers.dann` with division, and their gradients by hand: fewer passes over
-memory and fewer small products than autograd's. For each unit, with what comes back as dz:
-
-    u       = (z_e - Wei z_i) / gamma
-    z       = g u + b
-    dz_e    = dz g / gamma
-    dgamma  = -dz_e u
-    dz_i    = -Wei' dz_e + gain * Wei' dgamma          gain = exp(alpha)
-    dWei    = -dz_e z_i' + dgamma (gain * z_i)'
-    dalpha  = sum of (gain * z_i) * Wei' dgamma
-    dg, db  = sums of dz u and of dz
+"""Division with gradients by hand, which take fewer passes over memory than autograd's, or keep less of it.
 
 `DANN.components` computes the same by autograd; the tests compare both.
 """
@@ -22,10 +12,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_danns.layers.dale import autocasts, without_autocast
-
-Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""Stride, padding and dilation of a convolution."""
-POINTWISE: Geometry = ((1, 1), (0, 0), (1, 1))
 
 
 def in_half(x: Tensor) -> bool:
@@ -65,7 +51,17 @@ def _dense(
 
 
 class DivisiveLinear(torch.autograd.Function):
-    """x (batch, d) -> z (batch, ne)."""
+    """x (batch, d) -> z (batch, ne). For each unit, with what comes back as dz:
+
+    u       = (z_e - Wei z_i) / gamma
+    z       = g u + b
+    dz_e    = dz g / gamma
+    dgamma  = -dz_e u
+    dz_i    = -Wei' dz_e + gain * Wei' dgamma          gain = exp(alpha)
+    dWei    = -dz_e z_i' + dgamma (gain * z_i)'
+    dalpha  = sum of (gain * z_i) * Wei' dgamma
+    dg, db  = sums of dz u and of dz
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -98,75 +94,33 @@ class DivisiveLinear(torch.autograd.Function):
         return dx, dWex, dWix, dWei, dalpha, dg, db, None
 
 
-def _convolution(
-    x: Tensor,
-    Wex: Tensor,
-    Wix: Tensor,
-    Wei: Tensor,
-    alpha: Tensor,
-    g: Tensor,
-    b: Tensor | None,
-    eps: float,
-    geometry: Geometry,
-) -> tuple[Tensor, ...]:
-    """z, and what its gradients need: z_i and u. One convolution for both drives, one for what inhibits twice."""
-    drives = F.conv2d(x, torch.cat([Wex, Wix]), None, *geometry)
-    z_e, z_i = drives[:, : len(Wex)], drives[:, len(Wex) :].clone()  # without the clone, all drives would be kept
-    gained = _per_channel(alpha.exp()) * z_i
-    subtraction, gamma = F.conv2d(torch.cat([z_i, gained]), Wei[:, :, None, None]).chunk(2)
-    u = (z_e - subtraction).div_(gamma + eps)
-    g = _per_channel(g)
-    return g * u if b is None else torch.addcmul(_per_channel(b), g, u), z_i, u
+class Quotient(torch.autograd.Function):
+    """z_e (N, ne, H, W), z_i (N, ni, H, W) -> u (N, ne, H, W). Keeps u and z_i, and computes gamma again:
 
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values[:, None, None]
-
-
-PIXELS = (0, 2, 3)
-"""Dimensions of an image batch that are not channels."""
-
-
-class DivisiveConv2d(torch.autograd.Function):
-    """x (N, C, H, W) -> z (N, ne, H', W'), without groups. Keeps z_i and u alone, and computes gamma again."""
+    gamma   = Wei z_i + eps
+    u       = z_e / gamma
+    dz_e    = du / gamma
+    dgamma  = -dz_e u
+    dz_i    = Wei' dgamma
+    dWei    = dgamma z_i'
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        z, *kept = _convolution(*inputs)
-        ctx.save_for_backward(*inputs[:-2], *kept)
-        ctx.eps, ctx.geometry = inputs[-2:]
-        return z
+    def forward(ctx: Any, z_e: Tensor, z_i: Tensor, Wei: Tensor, eps: float) -> Tensor:
+        u = z_e / F.conv2d(z_i, Wei[:, :, None, None]).add_(eps)
+        ctx.save_for_backward(z_i, Wei, u)
+        ctx.eps = eps
+        return u
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> Any:
-        if in_half(dz):  # backward() under autocast, of a forward pass that was not
-            with without_autocast(dz):
-                return DivisiveConv2d.backward(ctx, dz)
-        if torch.is_grad_enabled():
-            return _by_autograd(_convolution, (*ctx.saved_tensors[:7], ctx.eps, ctx.geometry), ctx, dz)
-        x, Wex, Wix, Wei, alpha, g, b, z_i, u = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        n, ne, gain, kernel = len(x), len(Wex), _per_channel(alpha.exp()), Wei[:, :, None, None]
-        gained = gain * z_i
-        r = _per_channel(g) / F.conv2d(gained, kernel).add_(ctx.eps)
-        w = dz * u
-        dg, db = w.sum(PIXELS), None if b is None else dz.sum(PIXELS)
-        both = torch.cat([dz, w])
-        dv, w = both[:n].mul_(r), both[n:].mul_(r)  # dz_e and -dgamma
-        inhibited, dWei = _gradients(both, torch.cat([z_i, gained]), -kernel)
-        subtracted, divided = inhibited.chunk(2)  # gradients of z_i as it subtracts, of gain z_i
-        dalpha = (divided * gained).sum(PIXELS)
-        drives = torch.cat([dv, torch.addcmul(subtracted, gain, divided)], 1)
-        dx, dW = _gradients(drives, x, torch.cat([Wex, Wix]), ctx.geometry, (needed[0], needed[1] or needed[2]))
-        dWex, dWix = (None, None) if dW is None else (dW[:ne], dW[ne:])
-        return dx, dWex, dWix, -dWei[:, :, 0, 0], dalpha, dg, db, None, None
-
-
-def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry = POINTWISE, needed: tuple[bool, bool] = (True, True)
-) -> tuple[Any, Any]:
-    """Of a convolution's input and weight, both in one call (`torch.nn.grad` takes two)."""
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, *geometry, False, (0, 0), 1, (*needed, False)
-    )
-    return dx, dweight
+    def backward(ctx: Any, du: Tensor) -> Any:
+        if in_half(du):
+            with without_autocast(du):
+                return Quotient.backward(ctx, du)
+        z_i, Wei, u = ctx.saved_tensors
+        kernel = Wei[:, :, None, None]
+        dz_e = du / F.conv2d(z_i, kernel).add_(ctx.eps)
+        dz_i, dkernel, _ = torch.ops.aten.convolution_backward(
+            (dz_e * u).neg_(), z_i, kernel, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False)
+        )
+        return dz_e, dz_i, dkernel[:, :, 0, 0], None
