@@ -141,10 +141,11 @@ class DANNConv2d(DANN):
     def _divide(self, z_e: Tensor, z_i: Tensor, eps: float) -> Tensor:
         if self.groups > 1 or transformed():
             return super()._divide(z_e, z_i, eps)
-        images = z_i.clone()  # alone: a view would keep both drives for the backward pass
         if z_e.dim() == 3:
-            return Quotient.apply(z_e[None], images[None], at_least_float32(self.Wei), eps)[0]
-        return Quotient.apply(z_e, images, at_least_float32(self.Wei), eps)
+            return self._divide(z_e[None], z_i[None], eps)[0]
+        # z_i alone: a view would keep both drives for the backward pass
+        u: Tensor = Quotient.apply(z_e, z_i.clone(), at_least_float32(self.Wei), eps)
+        return u if self.b is not None else u.clone()  # a nonlinearity in place must not change what is kept
 
     def _inhibit(self, z_i: Tensor) -> Tensor:
         return F.conv2d(z_i, at_least_float32(self.Wei)[:, :, None, None], groups=self.groups)
