@@ -111,7 +111,7 @@ class Task(DaleLightningModule):
         name = f"of_{stage}"  # a ModuleDict has an attribute train
         if name not in self.metrics:
             (template,) = self.template
-            scores = MetricCollection(dict(copy.deepcopy(template))) if template else _NoScores()
+            scores = MetricCollection(dict(copy.deepcopy(template)))
             # a loss of NaN is logged as NaN; looking for it would stop a GPU at each step
             counts = nn.ModuleDict({"loss": MeanMetric(nan_strategy="disable"), "scores": scores})
             self.metrics[name] = counts.to(self.device)
@@ -325,14 +325,6 @@ class Regression(Task):
     def likelihood(self, outputs: Tensor) -> Distribution:
         """Gaussian of variance 1 around the outputs, whose negative logarithm is half the squared error."""
         return Normal(outputs, 1.0, validate_args=False)
-
-
-class _NoScores(nn.Module):
-    """Stands for a collection of no metrics, which torchmetrics does not allow."""
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None: ...
-
-    def reset(self) -> None: ...
 
 
 def _only_metrics(metrics: Mapping[str, Any]) -> dict[str, Metric]:
