@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Normal
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -168,7 +169,7 @@ class Task(DaleLightningModule):
             metrics = dict(self._logged("train").values())
             for place, counts in checkpoint.get("train_metrics", {}).items():
                 for name, value in counts.items() if place in metrics else ():
-                    setattr(metrics[place], name, _on(value, self.device))
+                    setattr(metrics[place], name, move_data_to_device(value, self.device))
 
 
 class Classification(Task):
@@ -348,11 +349,4 @@ def _count(loaders: Any) -> int:
 
 def _counts(metric: Metric) -> dict[str, Any]:
     with metric.sync_context():  # over all processes
-        return {name: _on(value, None) for name, value in metric.metric_state.items()}
-
-
-def _on(value: Any, device: torch.device | None) -> Any:
-    """A copy of a metric's state, which may be a list, on a device."""
-    if isinstance(value, list):
-        return [_on(item, device) for item in value]
-    return value.clone() if device is None else value.to(device)
+        return copy.deepcopy(metric.metric_state)
