@@ -36,15 +36,17 @@ def refuse_misfit(module: "DaleLightningModule", checkpoint: Mapping[str, Any], 
     """Refuse another network's weights and, if asked to, the state of an optimizer other than the module's.
 
     Raises:
-        UsageError: says what differs.
+        UsageError: says what differs, or that a fit cannot continue from weights alone.
     """
     if not attached(module):
         return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
-    refuse_other_weights(module, checkpoint)
+    if "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere
+        if module.strict_loading:
+            _refuse_other_network(module, checkpoint)
+        if module.trainer.training and "optimizer_states" not in checkpoint:
+            raise UsageError(f"the checkpoint holds weights alone, so no fit can continue from it: test it, {ANEW}")
     if optimizer and module.trainer.training:
-        groups = fisher_optimizer(module.optimizer_factory, module.parameter_groups()).param_groups
-        states, constant = checkpoint.get("optimizer_states", []), module.lr_scheduler_factory is None
-        refuse_other_optimizer(groups, states, measured=module.correction is measured, constant=constant)
+        _refuse_other_optimizer(module, checkpoint.get("optimizer_states", []))
 
 
 def attached(module: pl.LightningModule) -> bool:
@@ -53,20 +55,6 @@ def attached(module: pl.LightningModule) -> bool:
         return module.trainer is not None
     except RuntimeError:
         return False
-
-
-def refuse_other_weights(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Refuse weights of other names or shapes, and to train on from weights alone.
-
-    Raises:
-        UsageError: names the first weight that differs, and the arguments of the model that was saved.
-    """
-    if "state_dict" not in checkpoint:
-        return  # sharded strategies load their weights elsewhere
-    if module.strict_loading:
-        _refuse_other_network(module, checkpoint)
-    if module.trainer.training and "optimizer_states" not in checkpoint:
-        raise UsageError(f"the checkpoint holds weights alone, so no fit can continue from it: test it, {ANEW}")
 
 
 def _refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -85,32 +73,22 @@ def _refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, A
     )
 
 
-def refuse_other_optimizer(
-    ours: list[dict[str, Any]], states: list[dict[str, Any]], *, measured: bool, constant: bool
-) -> None:
-    """Refuse the state of an optimizer with other factors (unless they are measured anew) or settings, or another kind.
-
-    Args:
-        ours: groups of the module's own optimizer, before its first step.
-        states: of the optimizers in the checkpoint.
-        measured: whether factors are measured anew.
-        constant: whether rates are constant (no scheduler).
-
-    Raises:
-        UsageError: says how many groups there are on either side, or which setting differs or is missing.
-    """
+def _refuse_other_optimizer(module: "DaleLightningModule", states: list[dict[str, Any]]) -> None:
+    """Refuse other factors (unless they are measured anew), other settings, or an optimizer of another kind."""
+    anew, constant = module.correction is measured, module.lr_scheduler_factory is None
+    ours = fisher_optimizer(module.optimizer_factory, module.parameter_groups()).param_groups
     theirs = states[0]["param_groups"] if states else []
     if not theirs or not all("lr_scale" in group for group in (*ours, *theirs)):
         return  # groups of somebody's own
     our_scales, their_scales = ({g["name"]: g["lr_scale"] for g in groups} for groups in (ours, theirs))
-    if our_scales != their_scales and not (measured and our_scales.keys() == their_scales.keys()):
+    if our_scales != their_scales and not (anew and our_scales.keys() == their_scales.keys()):
         raise UsageError(
             f"the checkpoint was trained with other learning-rate factors: {len(their_scales)} groups there, "
             f"{len(our_scales)} here. Resume with the same correction, {ANEW}"
         )
     for ours_, theirs_ in zip(ours, theirs, strict=True):
         changed = {key: (ours_.get(key), theirs_.get(key)) for key in KEPT if key in ours_ and key in theirs_}
-        if not measured and (constant or "initial_lr" in theirs_):  # which schedulers leave as it was
+        if not anew and (constant or "initial_lr" in theirs_):  # which schedulers leave as it was
             changed["lr"] = ours_["lr"], theirs_.get("initial_lr", theirs_["lr"])
         for key, (here, there) in changed.items():
             if here != there:
