@@ -121,31 +121,18 @@ class Unfreeze(pl.Callback):
         self.names, self.epoch, self.but = list(names), epoch, list(but)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._apply(trainer, pl_module)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._apply(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._apply(trainer, pl_module)  # validation has put every module back into training mode
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for name in self.names:  # the next fit makes groups of what can be trained
-            dict([*pl_module.named_parameters(), *pl_module.named_modules()])[name].requires_grad_(True)
-
-    def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         trained = self.epoch is not None and trainer.current_epoch >= self.epoch
         known: dict[str, Any] = {**dict(pl_module.named_parameters()), **dict(pl_module.named_modules())}
         for name in (*self.names, *self.but):
             if not name or name not in known:
                 raise UsageError(f"{name!r} is no module or parameter of {type(pl_module).__name__}")
-        for name in self.names:
-            _train(known[name], trained)
-        for name in self.but:
-            _train(known[name], True)
+        for name, train in (*((name, trained) for name in self.names), *((name, True) for name in self.but)):
+            known[name].requires_grad_(train)
+            if isinstance(known[name], nn.Module):
+                known[name].train(train)
 
+    on_train_epoch_start = on_validation_end = on_train_start  # validation has put all modules back into training mode
 
-def _train(part: nn.Module | nn.Parameter, trained: bool) -> None:
-    part.requires_grad_(trained)
-    if isinstance(part, nn.Module):
-        part.train(trained)
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for name in self.names:  # the next fit makes groups of what can be trained
+            dict([*pl_module.named_parameters(), *pl_module.named_modules()])[name].requires_grad_(True)
