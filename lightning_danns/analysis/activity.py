@@ -67,15 +67,22 @@ def activity(
     chosen = {known[name]: name for name in (known if layers is None else layers)}
     if not chosen:
         raise UsageError(f"{type(model).__name__} has no layers with activity: no DaleModule, nn.Linear or nn.Conv2d")
-    stores: dict[tuple[str, str], _Memory | _File] = {}
+    stores: dict[tuple[str, str], list[Tensor] | _File] = {}
+    shapes: dict[tuple[str, str], torch.Size] = {}
     calls: Counter[str] = Counter()
     batches = 0
 
     def keep(name: str, quantity: str, values: Tensor) -> None:
-        if (name, quantity) not in stores:
+        key = name, quantity
+        values = at_least_float32(values).cpu()
+        if key not in stores:
             path = None if memmap is None else Path(memmap) / f"{name or 'model'}.{quantity}.npy"
-            stores[name, quantity] = _Memory() if path is None else _File(path)
-        stores[name, quantity].append(at_least_float32(values).cpu(), name)
+            stores[key], shapes[key] = [] if path is None else _File(path, values), values.shape
+        if values.shape[1:] != shapes[key][1:]:
+            raise UsageError(
+                f"layer {name!r} gives {tuple(values.shape)} for one batch and {tuple(shapes[key])} for another"
+            )
+        stores[key].append(values.clone())  # the next operation may write into it, as ReLU(inplace=True) does
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor) -> None:
         name = chosen[layer]
@@ -102,7 +109,8 @@ def activity(
         for handle in handles:
             handle.remove()
         for store in stores.values():
-            store.close()
+            if isinstance(store, _File):
+                store.close()
     for name in calls if layers is None and calls else chosen.values():
         if calls[name] != batches or not batches:
             raise UsageError(
@@ -111,7 +119,7 @@ def activity(
             )
     result: dict[str, dict[str, Tensor | np.ndarray]] = {}
     for (name, what), store in stores.items():
-        result.setdefault(name, {})[what] = store.whole()
+        result.setdefault(name, {})[what] = torch.cat(store) if isinstance(store, list) else store.whole()
     return result
 
 
@@ -127,45 +135,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
-def _refuse_other_shape(shape: Sequence[int], expected: Sequence[int], name: str) -> None:
-    if shape[1:] != expected[1:]:
-        raise UsageError(f"layer {name!r} gives {tuple(shape)} for one batch and {tuple(expected)} for another")
-
-
-class _Memory:
-    """An array as a list of its batches."""
-
-    def __init__(self) -> None:
-        self._batches: list[Tensor] = []
-
-    def append(self, values: Tensor, name: str) -> None:
-        if self._batches:
-            _refuse_other_shape(values.shape, self._batches[0].shape, name)
-        self._batches.append(values.clone())  # the next operation may write into it, as ReLU(inplace=True) does
-
-    def close(self) -> None:
-        pass
-
-    def whole(self) -> Tensor:
-        return torch.cat(self._batches)
-
-
 class _File:
     """An array in a .npy file, which grows along its first axis: numpy leaves room for that number in the header."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, like: Tensor) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._shape, self._dtype = path, (0,), np.dtype(np.float32)
+        self._path, self._shape, self._dtype = path, (0, *like.shape[1:]), like.numpy().dtype
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115, closed by `close`
+        self._write_header()
 
-    def append(self, values: Tensor, name: str) -> None:
-        array = values.numpy()
-        if self._shape == (0,):
-            self._shape, self._dtype = (0, *array.shape[1:]), array.dtype
-            self._write_header()
-        _refuse_other_shape(array.shape, self._shape, name)
-        self._file.write(np.ascontiguousarray(array).data)
-        self._shape = (self._shape[0] + len(array), *self._shape[1:])
+    def append(self, values: Tensor) -> None:
+        self._file.write(np.ascontiguousarray(values.numpy()).data)
+        self._shape = (self._shape[0] + len(values), *self._shape[1:])
 
     def _write_header(self) -> None:
         self._file.seek(0)
