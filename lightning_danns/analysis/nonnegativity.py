@@ -65,9 +65,9 @@ class NonNegativity(TorchDispatchMode):
         name = func.overloadpacket.__name__
         name = name.rstrip("_") or name
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self.reads.update({address(tensor) for tensor in tensors})
-        origin = self._origin(name, tensors, args, kwargs)
         given = {address(tensor) for tensor in tensors}
+        self.reads.update(given)
+        origin = self._origin(name, tensors, args, kwargs)
         written = [
             (args[k] if k < len(args) else kwargs.get(argument.name))
             for k, argument in enumerate(func._schema.arguments)
@@ -91,22 +91,17 @@ class NonNegativity(TorchDispatchMode):
 
     def _origin(self, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> str | None:
         """What `origin` says of the result of an operation."""
-        positive = all(number >= 0 for number in (*args, *kwargs.values()) if isinstance(number, int | float))
+        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int | float)]
+        positive = all(number >= 0 for number in numbers)
         if name in OF_TENSORS or (name in OF_TENSORS_AND_NUMBERS and positive):
             return next((origin for tensor in tensors if (origin := self.origin(tensor)) is not None), None)
-        return None if self._guarantees(name, args, kwargs) else name
-
-    def _guarantees(self, name: str, args: Any, kwargs: Any) -> bool:
-        """Whether the operation's result is >= 0 for any tensors."""
-        numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int | float)]
-        if name in ALWAYS:
-            return True
+        guaranteed = name in ALWAYS or (name == "softplus" and positive)
         if name in ("clamp", "clamp_min", "hardtanh"):  # relu6 is hardtanh from 0 to 6
             low = args[1] if len(args) > 1 else kwargs.get("min")
-            return isinstance(low, int | float) and all(number >= 0 for number in numbers)
-        if name == "softplus":
-            return all(number >= 0 for number in numbers)
-        return name == "pow" and len(numbers) == 1 and isinstance(args[0], Tensor) and numbers[0] % 2 == 0
+            guaranteed = positive and isinstance(low, int | float)
+        if name == "pow":
+            guaranteed = len(numbers) == 1 and isinstance(args[0], Tensor) and numbers[0] % 2 == 0
+        return None if guaranteed else name
 
 
 def address(tensor: Tensor) -> int:
