@@ -233,13 +233,7 @@ def _counterpart(
         return DANNLinear(layer.in_features, layer.out_features, ni, **options)
     if ni is None:
         ni = layer.groups * max(1, round(fraction * layer.out_channels / layer.groups))
-    geometry: dict[str, Any] = {
-        "kernel_size": layer.kernel_size,
-        "stride": layer.stride,
-        "padding": layer.padding,
-        "dilation": layer.dilation,
-        "groups": layer.groups,
-    }
+    geometry = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
     return DANNConv2d(layer.in_channels, layer.out_channels, ni, **geometry, **options)
 
 
