@@ -7,7 +7,7 @@ must therefore keep the ratios of their rates, whatever the rate of the base is.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -171,15 +171,6 @@ def change_factors_(optimizer: Optimizer, factors: Mapping[str, float], schedule
             scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
 
 
-def groups_of_one_base(optimizer: Optimizer) -> Iterator[Groups]:
-    """The groups with factors, base by base."""
-    bases: dict[str, Groups] = {}
-    for group in optimizer.param_groups:
-        if "lr_scale" in group:
-            bases.setdefault(group.get("base", ""), []).append(group)
-    yield from bases.values()
-
-
 def require_factors(optimizer: Optimizer, culprit: str) -> None:
     """Refuse learning rates that are no longer the rate of their base times each group's ``lr_scale``.
 
@@ -188,7 +179,11 @@ def require_factors(optimizer: Optimizer, culprit: str) -> None:
     Raises:
         UsageError: names ``culprit``, the two groups that differ most, and what to use instead.
     """
-    for groups in groups_of_one_base(optimizer):
+    bases: dict[str, Groups] = {}
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            bases.setdefault(group.get("base", ""), []).append(group)
+    for groups in bases.values():
         rates = [(float(group["lr"]) / group["lr_scale"], str(group.get("name"))) for group in groups]
         high, high_name = max(rates)
         for low, low_name in sorted(rates):
