@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 
+from lightning_danns.analysis.activity import evaluating
 from lightning_danns.atomic import replacing
 from lightning_danns.callbacks import DaleDiagnostics, DaleProjection, refuse_conflicts
 from lightning_danns.errors import UsageError
@@ -179,20 +180,16 @@ class ReplicatedClassifier(ImageClassifier):
     def _compare(self, images: Tensor) -> None:
         """Run the replicas one by one too: for hooks on their layers, which refuse negative inputs and do not act on
         stacks, and to refuse a classifier that computes something else there."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        for together, replica in zip(self(images).unbind(1), self.replicas, strict=True):
-            if self.global_step == 0:
+        with evaluating(self):
+            for together, replica in zip(self(images).unbind(1), self.replicas, strict=True):
+                if self.global_step > 0 and not bool(together.isfinite().all()):
+                    continue  # it has diverged
                 alone = replica(images)
-                if bool((alone - together).norm() > 0.1 * alone.norm()):
+                if self.global_step == 0 and bool((alone - together).norm() > 0.1 * alone.norm()):
                     raise UsageError(
                         f"{type(replica).__name__} computes other outputs in a stack than alone: replicas may differ "
                         "in parameters and buffers alone (register_buffer keeps other tensors)"
                     )
-            elif bool(together.isfinite().all()):  # it has not diverged
-                replica(images)
-        for module, training in modes:
-            module.training = training
 
     def counted(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
         if batch_idx == 0:
