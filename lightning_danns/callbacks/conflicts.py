@@ -25,11 +25,7 @@ CONFLICTS: tuple[tuple[type[pl.Callback], str, str], ...] = (
 
 
 def refuse_conflicts(module: pl.LightningModule, callbacks: Iterable[pl.Callback]) -> None:
-    """Refuse, before anything is set up, callbacks under which signed layers would train to wrong numbers.
-
-    Raises:
-        UsageError: says why, and what to use instead.
-    """
+    """Refuse, before anything is set up, callbacks under which signed layers would train to wrong numbers."""
     signed = any(dale_layers(module))
     for callback in callbacks:
         if isinstance(callback, BackboneFinetuning) and not hasattr(module, "backbone"):
@@ -40,11 +36,7 @@ def refuse_conflicts(module: pl.LightningModule, callbacks: Iterable[pl.Callback
 
 
 def refuse_frozen_by_finetuning(module: pl.LightningModule, callbacks: Iterable[pl.Callback]) -> None:
-    """Refuse finetuning that would add signed layers to the optimizer later, without their factors.
-
-    Raises:
-        UsageError: names a frozen parameter and the substitute.
-    """
+    """Refuse finetuning that would add signed layers to the optimizer later, without their factors."""
     for callback in callbacks:
         if isinstance(callback, BaseFinetuning):
             for layer_name, layer in dale_layers(module):
@@ -59,11 +51,7 @@ def refuse_frozen_by_finetuning(module: pl.LightningModule, callbacks: Iterable[
 
 
 def refuse_groups_without_factors(optimizer: Optimizer, module: pl.LightningModule) -> None:
-    """Refuse signed layers in groups without a factor, beside groups that have one.
-
-    Raises:
-        UsageError: names the parameter.
-    """
+    """Refuse signed layers in groups without a factor, beside groups that have one."""
     without = [group for group in optimizer.param_groups if "lr_scale" not in group]
     if not without or len(without) == len(optimizer.param_groups):
         return  # all with factors, or all of somebody's own
@@ -78,11 +66,7 @@ def refuse_groups_without_factors(optimizer: Optimizer, module: pl.LightningModu
 
 
 def refuse_unlogged(trainer: pl.Trainer) -> None:
-    """Refuse to stop early by a metric that a whole epoch of training and validation has not logged.
-
-    Raises:
-        UsageError: names the metrics that there are.
-    """
+    """Refuse to stop early by a metric that a whole epoch of training and validation has not logged."""
     if trainer.check_val_every_n_epoch != 1 or trainer.val_check_interval != 1.0 or not trainer.is_last_batch:
         return  # it may come in a later epoch
     logged = trainer.callback_metrics

@@ -170,11 +170,7 @@ def _refuse(violations: dict[str, float], message: str) -> None:
 
 
 def refuse_unprojected(module: pl.LightningModule, callbacks: Collection[pl.Callback]) -> None:
-    """Refuse to train signed layers that nothing projects.
-
-    Raises:
-        UsageError: a subclass's ``configure_callbacks`` has left the projection out.
-    """
+    """Refuse to train signed layers that nothing projects: ``configure_callbacks`` has left the projection out."""
     projected = any(isinstance(callback, DaleProjection) for callback in callbacks)
     if callbacks and not projected and any(dale_layers(module)):  # a search for a batch size has none, and undoes all
         raise UsageError(

@@ -105,11 +105,7 @@ def restored(value: Any) -> Any:
 
 
 def imported(path: str) -> Any:
-    """The class or function of that import path.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The class or function of that import path; a `UsageError` if there is none."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
@@ -118,11 +114,7 @@ def imported(path: str) -> Any:
 
 
 def made_of(factory: Any, name: str, example: str) -> Any:
-    """The factory that an argument is, or was before it was kept in a checkpoint.
-
-    Raises:
-        UsageError: it is no function.
-    """
+    """The factory that an argument is, or was before it was kept in a checkpoint."""
     if was_lost(factory, name):
         return lambda *args, **kwargs: _lost(name)
     factory = direct(restored(factory))

@@ -18,11 +18,7 @@ ANEW = "or start anew from its weights (load_from_checkpoint)"
 
 
 def refuse_compiled(module: pl.LightningModule) -> None:
-    """Refuse a part that `torch.compile` has wrapped: it would be saved under names that do not load.
-
-    Raises:
-        UsageError: names the part.
-    """
+    """Refuse a part that `torch.compile` has wrapped: it would be saved under names that do not load."""
     compiled = next((name for name in module.state_dict() if "_orig_mod." in name), None)
     if compiled is not None:
         path = compiled.partition("._orig_mod.")[0]
@@ -33,11 +29,7 @@ def refuse_compiled(module: pl.LightningModule) -> None:
 
 
 def refuse_misfit(module: "DaleLightningModule", checkpoint: Mapping[str, Any], *, optimizer: bool) -> None:
-    """Refuse another network's weights and, if asked to, the state of an optimizer other than the module's.
-
-    Raises:
-        UsageError: says what differs, or that a fit cannot continue from weights alone.
-    """
+    """Refuse another network's weights and, if asked to, the state of an optimizer other than the module's."""
     if not attached(module):
         return  # load_from_checkpoint, where torch reports what does not fit and strict=False allows it
     if "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere

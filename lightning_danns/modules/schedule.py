@@ -16,9 +16,6 @@ def scheduled(module: pl.LightningModule, factory: Any, optimizer: Optimizer) ->
     """What ``configure_optimizers`` returns for an optimizer and the function that makes its scheduler.
 
     An argument ``total`` of the function that is None becomes the length of the fit, in steps or epochs.
-
-    Raises:
-        UsageError: the fit has no end, or the scheduler would undo the learning-rate factors.
     """
     parameters, length = inspect.signature(factory).parameters, {}
     if "total" in parameters and parameters["total"].default is None:
@@ -38,11 +35,7 @@ def scheduled(module: pl.LightningModule, factory: Any, optimizer: Optimizer) ->
 
 
 def step_plateaus(module: pl.LightningModule) -> None:
-    """Step each ReduceLROnPlateau by its ``monitor`` (``val_loss`` if it has none) at the end of a whole epoch.
-
-    Raises:
-        UsageError: the metric was not logged.
-    """
+    """Step each ReduceLROnPlateau by its ``monitor`` (``val_loss`` if it has none) at the end of a whole epoch."""
     trainer = module.trainer
     if not trainer.is_last_batch:  # max_steps or max_time ended the fit within the epoch
         return
