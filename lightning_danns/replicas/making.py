@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import NOT_SAVED, direct, plain
-from lightning_danns.modules.base import DaleLightningModule
 from lightning_danns.modules.tasks import ImageClassifier
 from lightning_danns.optim import measured
 
@@ -57,15 +56,7 @@ def make_replica(classifier: Any, data: dict[str, Any], seed: int, rate: float |
     if kind in (made, getattr(made, "func", None)) and not getattr(made, "args", ()):
         replica.hparams.clear()  # the command line tells it the arguments of us all instead of its own
         replica.hparams.update(plain({**getattr(made, "keywords", {}), **data}))
-    if rate is not None:
-        _set_rate(replica, rate)
+    if rate is not None:  # of its own optimizer, for whoever trains or loads the replica alone
+        replica.optimizer_factory = functools.partial(replica.optimizer_factory, lr=rate)
+        replica.hparams["optimizer"] = plain(replica.optimizer_factory)
     return replica
-
-
-def _set_rate(replica: ImageClassifier, rate: float) -> None:
-    """Make ``rate`` that of the replica's own optimizer, for whoever trains or loads the replica alone."""
-    factory: Callable = replica.optimizer_factory
-    if factory is inspect.signature(DaleLightningModule).parameters["optimizer"].default:
-        factory = torch.optim.SGD
-    replica.optimizer_factory = functools.partial(factory, lr=rate)
-    replica.hparams["optimizer"] = plain(replica.optimizer_factory)
