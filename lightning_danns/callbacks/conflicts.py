@@ -37,17 +37,14 @@ def refuse_conflicts(module: pl.LightningModule, callbacks: Iterable[pl.Callback
 
 def refuse_frozen_by_finetuning(module: pl.LightningModule, callbacks: Iterable[pl.Callback]) -> None:
     """Refuse finetuning that would add signed layers to the optimizer later, without their factors."""
-    for callback in callbacks:
-        if isinstance(callback, BaseFinetuning):
-            for layer_name, layer in dale_layers(module):
-                frozen = [
-                    name for name, parameter in layer.named_parameters(recurse=False) if not parameter.requires_grad
-                ]
-                if frozen:
-                    raise UsageError(
-                        f"{type(callback).__name__} has frozen {layer_name}.{frozen[0]}, and would train it later "
-                        f"without its learning-rate factor: use {UNFREEZE}"
-                    )
+    finetuning = next((callback for callback in callbacks if isinstance(callback, BaseFinetuning)), None)
+    for layer_name, layer in dale_layers(module) if finetuning else ():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                raise UsageError(
+                    f"{type(finetuning).__name__} has frozen {layer_name}.{name}, and would train it later without its "
+                    f"learning-rate factor: use {UNFREEZE}"
+                )
 
 
 def refuse_groups_without_factors(optimizer: Optimizer, module: pl.LightningModule) -> None:
