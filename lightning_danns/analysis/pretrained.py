@@ -14,12 +14,8 @@ def split_(W: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, groups: int = 1) ->
         Wei_ik = 1 for i in G_k, 0 otherwise            each unit has one interneuron
         Wex    = W + Wei Wix                            >= 0
 
-    Args:
-        W: (ne, ...), of any sign.
-        Wex: like W.
-        Wix: (ni, ...).
-        Wei: (ne, ni / groups).
-        groups: of a grouped convolution, each of which has interneurons of its own.
+    Shapes are (ne, ...) of W and Wex, (ni, ...) of Wix, (ne, ni / groups) of Wei: each group of a grouped convolution
+    has interneurons of its own.
     """
     Wei.zero_()
     for W_g, Wex_g, Wix_g, Wei_g in zip(*(weight.chunk(groups) for weight in (W, Wex, Wix, Wei)), strict=True):

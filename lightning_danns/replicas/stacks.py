@@ -10,12 +10,9 @@ from torch.func import functional_call, vmap
 
 
 class Stacks:
-    """Calls a method of all replicas at once, on stacks (R, ...) of their tensors.
+    """Calls a method of all replicas, modules of one architecture, at once, on stacks (R, ...) of their tensors.
 
     The replicas stay ordinary modules: their parameters and buffers are slices of the stacks.
-
-    Args:
-        replicas: modules of one architecture.
     """
 
     def __init__(self, replicas: Sequence[nn.Module]) -> None:
@@ -24,11 +21,7 @@ class Stacks:
         self._stacks: dict[str, _Stack] = {}
 
     def call(self, method: str, *inputs: Any, own: bool = False) -> Any:
-        """``replica.method(*inputs)`` of every replica; tensors of the result get a first dimension R.
-
-        Args:
-            inputs: the same for all replicas, or if ``own``, with a first dimension R.
-        """
+        """``replica.method(*inputs)`` of every replica, stacked (R, ...); with ``own``, inputs are stacked too."""
         state = self._tensors()
         for ours, theirs in self._pairs:
             ours.training = theirs.training  # of some parts it may differ (frozen ones)
