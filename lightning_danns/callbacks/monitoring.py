@@ -74,8 +74,7 @@ class DaleDiagnostics(pl.Callback):
     ) -> None:
         if not self._due(trainer) or batch_idx % self.every_n_batches:
             return
-        layers = dict(inspectable_layers(pl_module))
-        names = {layer: name for name, layer in layers.items()}
+        names = {layer: name for name, layer in inspectable_layers(pl_module)}
 
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # before the layer acts, when sharded strategies have its weights whole; not in a compiled graph, nor in
@@ -87,7 +86,7 @@ class DaleDiagnostics(pl.Callback):
                 self._activity.setdefault(names[layer], LayerActivity()).update(layer, x)
 
         self._handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in names]
-        self._steps.watch({name: layer for name, layer in layers.items() if isinstance(layer, DaleModule)})
+        self._steps.watch({name: layer for layer, name in names.items() if isinstance(layer, DaleModule)})
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -146,18 +145,15 @@ class _Steps:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.forget()
+        self._handles = [optimizer.register_step_pre_hook(self._before) for optimizer in optimizers]
+        self._handles += [optimizer.register_step_post_hook(self._after) for optimizer in optimizers]
+
+    def forget(self) -> None:
         self._layers: Mapping[str, DaleModule] = {}  # those watched; none: steps pass by
         self._cosines: list[tuple[str, float]] = []
         self._stepped: dict[str, tuple[list[nn.Parameter], list[Tensor], list[Tensor]]] = {}
         self._any = False
-        self._handles = [
-            handle
-            for optimizer in optimizers
-            for handle in (
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            )
-        ]
 
     def watch(self, layers: Mapping[str, DaleModule]) -> None:
         """Look at the next steps, until one was `taken`."""
@@ -170,9 +166,6 @@ class _Steps:
         if self._any:
             self.forget()
         return cosines
-
-    def forget(self) -> None:
-        self._layers, self._cosines, self._stepped, self._any = {}, [], {}, False
 
     def end(self) -> None:
         self.forget()
