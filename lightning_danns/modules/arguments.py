@@ -25,30 +25,23 @@ from lightning_danns.errors import UsageError
 NOT_SAVED = "not_saved"
 
 
-def accepts(cls: type, name: str) -> bool:
-    """Whether ``cls(..., name=value)`` is possible: named in the signature, or passed on by its ``**kwargs``.
-
-    Where the source of ``cls`` cannot be read, ``**kwargs`` are taken to accept all.
-    """
-    named, passed_on, open_ended = _arguments(cls)
-    return name in named or name in passed_on or (open_ended and not passed_on)
-
-
 @functools.cache
-def _arguments(cls: type) -> tuple[set[str], set[str], bool]:
-    """Arguments in the signature; those that ``**kwargs`` pass on, as far as the source tells; whether it has any."""
+def _accepted(cls: type) -> set[str] | None:
+    """Arguments of ``cls`` and those that its ``**kwargs`` pass on; None, for any, if its source does not tell them."""
     parameters = inspect.signature(cls).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "of", fail_untyped=False)  # it follows super().__init__(**kwargs)
     known = set(vars(parser.get_defaults().get("of") or Namespace()))
-    return set(parameters), known - set(parameters), open_ended
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return None if open_ended and known <= set(parameters) else known | set(parameters)
 
 
 def keep_plain(module: pl.LightningModule) -> None:
     """Turn the arguments that a module has saved (``hparams``) into plain values."""
+    kind: type = type(module)
+    accepted = _accepted(kind)
     for name, value in list(module.hparams.items()):
-        if accepts(type(module), name):
+        if accepted is None or name in accepted:
             module.hparams[name] = plain(value)
         else:  # a subclass passes it on by itself, and could not be made with it
             del module.hparams[name]
