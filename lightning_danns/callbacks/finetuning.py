@@ -43,7 +43,7 @@ def load_body_(module: nn.Module, path: str | Path, leave: Sequence[str] = ()) -
     for name in leave:
         if name not in modules:
             raise UsageError(f"leave names {name!r}, which is no module of {type(module).__name__}")
-    left, filled = [], 0
+    left = []
     state = module.state_dict(keep_vars=True)
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
@@ -54,11 +54,10 @@ def load_body_(module: nn.Module, path: str | Path, leave: Sequence[str] = ()) -
             fits = all(name in saved and saved[name].shape == value.shape for name, value in own.items())
             if not fits or any(layer == name or layer.startswith(name + ".") for name in leave):
                 left.append(layer)
-                continue
-            filled += 1
-            for name, value in own.items():
-                value.copy_(saved[name])
-    if not filled:
+            else:
+                for name, value in own.items():
+                    value.copy_(saved[name])
+    if len(left) == len(layers):
         raise UsageError(
             f"no layer of this {type(module).__name__} is in {path}: of {', '.join(list(state)[:3])}, ... none has the "
             f"same name and shape there, where are {', '.join(list(saved)[:3])}, ..."
