@@ -107,12 +107,9 @@ class CLI(LightningCLI):
 
     def _folder_of_config(self, config: Namespace) -> str | None:
         """The run folder whose config.yaml is the last --config, for commands that go on with its checkpoints."""
-        files = [str(path) for path in config.get("config") or []]
-        if self.ckpt_path in ("best", "last") and not files:
-            raise UsageError(f"--ckpt_path {self.ckpt_path}: of which run? Give its --run_dir or config.yaml")
         if self.ckpt_path is None:
             return None
-        folders = [os.path.dirname(os.path.abspath(file)) for file in files]
+        folders = [os.path.dirname(os.path.abspath(str(file))) for file in config.get("config") or []]
         runs = [folder for folder in folders if os.path.isdir(os.path.join(folder, "checkpoints"))]
         if not runs and self.ckpt_path in ("best", "last"):
             raise UsageError(f"--ckpt_path {self.ckpt_path}: of which run? Give its --run_dir or config.yaml")
