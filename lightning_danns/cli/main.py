@@ -35,7 +35,7 @@ from lightning_danns.cli.run_folder import (
 )
 from lightning_danns.data.files import write_arrays
 from lightning_danns.errors import UsageError
-from lightning_danns.modules.arguments import imported
+from lightning_danns.modules.arguments import imported, plain
 
 FROM_DATA = {"input_shape": "image_shape", "num_classes": "num_classes"}
 """Arguments that a model may ask for, and the attributes of a data module that they come from."""
@@ -124,29 +124,20 @@ class CLI(LightningCLI):
             return
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(pl.LightningDataModule, "data")
+        parser.add_class_arguments(imported(config.model.class_path), "model", fail_untyped=False, instantiate=False)
         datamodule = parser.instantiate(Namespace(data=config.data.clone())).data
-        defaults = self._defaults(config.model.class_path)
+        defaults = parser.get_defaults()
         for name in asked:
-            theirs = getattr(datamodule, FROM_DATA[name], None)
+            theirs, ours = plain(getattr(datamodule, FROM_DATA[name], None)), plain(arguments[name])
             if theirs is None:
                 continue
-            theirs = list(theirs) if isinstance(theirs, tuple) else theirs
-            ours = arguments[name]
-            ours = list(ours) if isinstance(ours, tuple) else ours
-            if ours not in (defaults.get(name), theirs, None):
+            if ours not in (plain(defaults.get(f"model.{name}")), theirs, None):
                 raise UsageError(
                     f"{name}={ours}, but {type(datamodule).__name__} has {FROM_DATA[name]}={theirs}: leave it out, "
                     "the model takes it from its data"
                 )
             arguments[name] = theirs
             self.taken.append(name)
-
-    @staticmethod
-    def _defaults(class_path: str) -> dict[str, Any]:
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(imported(class_path), "model", fail_untyped=False)
-        defaults = parser.get_defaults().get("model") or Namespace()
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(defaults).items()}
 
     def instantiate_classes(self) -> None:
         try:
