@@ -40,9 +40,6 @@ from lightning_danns.modules.arguments import imported, plain
 FROM_DATA = {"input_shape": "image_shape", "num_classes": "num_classes"}
 """Arguments that a model may ask for, and the attributes of a data module that they come from."""
 
-SETTINGS_OF_ONE_START = ("run_dir", "ckpt_path")
-"""Not written into config.yaml: a run folder may be moved, and its config makes the run again elsewhere."""
-
 
 class CLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` for any LightningModule and data module.
@@ -180,16 +177,15 @@ class CLI(LightningCLI):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if not (self.checkpointing and self.subcommand == "fit"):
             callbacks[:] = [c for c in callbacks if not isinstance(c, BestCheckpoint | LastCheckpoint)]
-        best = self.config[self.subcommand].get("best_checkpoint")
-        named = (best.monitor, best.mode) if best is not None else ("", "")
-        callbacks[:0] = [RunRecord(self.folder, self._saved_config(), named), *self.callbacks]
+        best = self.config[self.subcommand].best_checkpoint
+        callbacks[:0] = [RunRecord(self.folder, self._saved_config(), (best.monitor, best.mode)), *self.callbacks]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the default, which is not safe everywhere
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def _saved_config(self) -> str:
         config = self.config[self.subcommand].clone()
-        for name in ("config", *SETTINGS_OF_ONE_START):
+        for name in ("config", "run_dir", "ckpt_path"):  # of this start alone: the folder may be moved
             config.pop(name, None)
         for name in self.taken:
             config.model.init_args.pop(name, None)
@@ -216,12 +212,6 @@ class CLI(LightningCLI):
         checkpoints = self.run_folder / "checkpoints"
         self._print_summary([path for path in (checkpoints / "best.ckpt", checkpoints / "last.ckpt") if path.exists()])
 
-    def after_validate(self) -> None:
-        self._print_summary([])
-
-    def after_test(self) -> None:
-        self._print_summary([])
-
     def before_predict(self) -> None:
         if self.trainer.world_size > 1:
             raise UsageError("predict writes one file: run it with --trainer.devices=1")
@@ -242,7 +232,7 @@ class CLI(LightningCLI):
         print(f"\npredictions for {len(outputs)} inputs: {path}")
 
     @rank_zero_only
-    def _print_summary(self, checkpoints: list[Path]) -> None:
+    def _print_summary(self, checkpoints: Sequence[Path] = ()) -> None:
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         print("\n" + "  ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()) if "/" not in name))
         print(f"run folder: {_short(self.folder)}")
@@ -251,6 +241,8 @@ class CLI(LightningCLI):
         if checkpoints:
             config = ["--config", _short(self.folder / "config.yaml"), "--ckpt_path", checkpoints[0].stem]
             print(f"test them:  {shlex.join([*_program(), 'test', *config])}")
+
+    after_validate = after_test = _print_summary
 
 
 def _program() -> list[str]:

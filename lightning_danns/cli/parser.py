@@ -90,15 +90,14 @@ def refuse_inherited(config: Namespace, args: Any) -> None:
         now = (config.model.get("init_args") or {}).get(name)
         if not isinstance(now, Namespace) or not isinstance(now.get("init_args"), Namespace):
             continue
-        inherited: dict[str, str] = {}
+        inherited: dict[str, str | None] = {}
         for path in map(str, config.get("config") or []):
             meant = _part(Path(path), name)
             if meant is None:
                 continue
-            known, settings = str(meant.get("class_path", now.class_path)), meant.get("init_args") or {}
-            if known.rpartition(".")[2] == now.class_path.rpartition(".")[2]:
-                settings = dict.fromkeys(settings, "")
-            inherited |= {key: f"{known} in {path}" if value != "" else "" for key, value in settings.items()}
+            known = str(meant.get("class_path", now.class_path))
+            same = known.rpartition(".")[2] == now.class_path.rpartition(".")[2]
+            inherited |= dict.fromkeys(meant.get("init_args") or {}, None if same else f"{known} in {path}")
         parameters = inspect.signature(imported(now.class_path)).parameters
         for key, source in inherited.items():
             value = now.init_args.get(key)
