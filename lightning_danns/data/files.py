@@ -29,7 +29,7 @@ def torchvision_arrays(name: str, path: Path) -> Arrays:
 
     try:
         with tempfile.TemporaryDirectory() as folder:
-            arrays = {}
+            arrays: Arrays = {}
             for part in ("train", "test"):
                 found = getattr(torchvision.datasets, name)(folder, train=part == "train", download=True)
                 arrays |= {f"x_{part}": np.asarray(found.data), f"y_{part}": np.asarray(found.targets)}

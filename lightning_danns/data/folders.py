@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
@@ -19,6 +20,18 @@ from lightning_danns.errors import UsageError
 
 Transform = Callable[[Any], Any]
 BatchTransform = Callable[[Tensor, Tensor], Any]
+
+
+def readable(path: Path, channels: int, on_error: str) -> Image.Image | None:
+    """The image in a file; None if it cannot be read and is to be skipped."""
+    try:
+        return read_image(path, channels)
+    except UnreadableImageError as error:
+        if on_error == "skip":
+            return None
+        raise UsageError(
+            f"cannot read the image {error}. Mend or delete it, or leave such files out by on_error='skip'"
+        ) from error
 
 
 class ImageFolderDataset(BatchDataset):
@@ -64,14 +77,8 @@ class ImageFolderDataset(BatchDataset):
         with drawing(seed):
             pixels, kept = [], []
             for k in samples.tolist():
-                try:
-                    image = read_image(self.path(k), self.channels)
-                except UnreadableImageError as error:
-                    if self.on_error == "raise":
-                        raise UsageError(
-                            f"cannot read the image {error}. Mend or delete it, or leave such files out by "
-                            "on_error='skip'"
-                        ) from error
+                image = readable(self.path(k), self.channels, self.on_error)
+                if image is None:
                     self.unreadable[k] = True
                     continue
                 pixels.append(to_pixels(self.transform, image, self.path(k)))
@@ -210,15 +217,11 @@ class ImageFolderDataModule(ResumableDataModule):
 
     def _shape_by(self, transform: Transform) -> tuple[int, int, int]:
         for name in image_names(self.train_folder):
-            try:
-                image = read_image(Path(name), self.channels)
-            except UnreadableImageError as error:
-                if self.on_error == "raise":
-                    raise UsageError(f"cannot read the image {error}") from error
-                continue
-            with drawing(0):
-                channels, height, width = to_pixels(transform, image, Path(name)).shape
-            return channels, height, width
+            image = readable(Path(name), self.channels, self.on_error)
+            if image is not None:
+                with drawing(0):
+                    channels, height, width = to_pixels(transform, image, Path(name)).shape
+                return channels, height, width
         raise UsageError(f"no image in {self.train_folder} can be read")
 
     def prepare_data(self) -> None:
@@ -241,22 +244,16 @@ class ImageFolderDataModule(ResumableDataModule):
         if shapes[0] != shapes[1]:
             raise UsageError(f"train_transform makes images of shape {shapes[0]}, but eval_transform {shapes[1]}")
         rest, held_out = stratified_split(labels, val_size, self.split_seed)
-        self.train_set = ImageFolderDataset(
-            train,
-            rest,
-            labels[rest],
-            self.train_transform,
-            self.channels,
-            self.on_error,
-            self.batch_transform,
-        )
-        self.val_set, self.test_set = self._evaluated("val"), self._evaluated("test")
+        how = self.train_transform, self.channels, self.on_error, self.batch_transform
+        self.train_set = ImageFolderDataset(train, rest, labels[rest], *how)
+        self.val_set, self.test_set = self._part_set("val"), self._part_set("test")
         if val_size:
-            self.val_set = ImageFolderDataset(
-                train, held_out, labels[held_out], self.eval_transform, self.channels, self.on_error
-            )
+            self.val_set = self._evaluated(train, held_out, labels[held_out])
 
-    def _evaluated(self, part: str) -> ImageFolderDataset | None:
+    def _evaluated(self, files: FileList, samples: Tensor, labels: Tensor) -> ImageFolderDataset:
+        return ImageFolderDataset(files, samples, labels, self.eval_transform, self.channels, self.on_error)
+
+    def _part_set(self, part: str) -> ImageFolderDataset | None:
         folder = self._part(part)
         if folder is None:
             return None
@@ -264,9 +261,7 @@ class ImageFolderDataModule(ResumableDataModule):
         if unknown := set(files.classes) - set(classes):
             raise UsageError(f"{folder} has classes that {self.train_folder} lacks: {', '.join(sorted(unknown)[:10])}")
         labels = torch.tensor([classes.index(name) for name in files.classes])[torch.from_numpy(files.labels)]
-        return ImageFolderDataset(
-            files, torch.arange(len(labels)), labels, self.eval_transform, self.channels, self.on_error
-        )
+        return self._evaluated(files, torch.arange(len(labels)), labels)
 
 
 class ImageNetDataModule(ImageFolderDataModule):
