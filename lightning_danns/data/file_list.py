@@ -18,21 +18,13 @@ CACHE = ".lightning_danns.npz"
 
 @dataclass(frozen=True)
 class FileList:
-    """Files and their classes. Python objects for each would be copied into each worker, at 100 to 200 bytes a file.
+    """Files and their classes. Python objects for each would be copied into each worker, at 100 to 200 bytes a file."""
 
-    Attributes:
-        folder: what the names start from.
-        classes: names of the class folders, sorted.
-        names: all names, one after the other, as bytes (uint8).
-        ends: where each name ends (n,).
-        labels: index of each file's class (n,).
-    """
-
-    folder: Path
-    classes: list[str]
-    names: np.ndarray
-    ends: np.ndarray
-    labels: np.ndarray
+    folder: Path  # what the names start from
+    classes: list[str]  # names of the class folders, sorted
+    names: np.ndarray  # all names, one after the other, as bytes (uint8)
+    ends: np.ndarray  # where each name ends (n,)
+    labels: np.ndarray  # index of each file's class (n,)
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -44,11 +36,7 @@ class FileList:
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of the class folders in ``folder``, sorted; hidden ones are none.
-
-    Raises:
-        UsageError: the folder cannot be read, or has no folders.
-    """
+    """Names of the class folders in ``folder``, sorted; hidden ones are none. A `UsageError` if there is none."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
@@ -83,12 +71,9 @@ def pack(folder: Path, classes: list[str], names: Iterable[Iterable[str]]) -> Fi
 
 
 def list_files(folder: Path) -> FileList:
-    """List the images ``folder/CLASS/**``, from the folder's cache file if no folder has changed since.
+    """The images ``folder/CLASS/**``, from the cache file if no folder has changed; refuses classes without any.
 
     The cache file is replaced as a whole, and left out where the folder cannot be written.
-
-    Raises:
-        UsageError: a class has no image, or the folder has no classes.
     """
     classes = class_names(folder)
     if (cached := _from_cache(folder, classes)) is not None:

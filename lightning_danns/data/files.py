@@ -20,11 +20,7 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def torchvision_arrays(name: str, path: Path) -> Arrays:
-    """Download the torchvision data set ``name`` and return its arrays.
-
-    Raises:
-        UsageError: the download failed; says what to put at ``path`` instead.
-    """
+    """Download the torchvision data set ``name``; a `UsageError` says what to put at ``path`` instead."""
     import torchvision.datasets  # here, because it is slow to import and needed once
 
     try:
@@ -61,11 +57,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def read_arrays(path: Path, image_shape: tuple[int, int, int], num_classes: int) -> dict[str, Tensor]:
-    """Read and check a data file: images as uint8 (N, C, H, W), labels as int64 (N,).
-
-    Raises:
-        UsageError: missing, damaged, or not arrays of the right names, shapes, types and range; names the array.
-    """
+    """A data file, checked: images as uint8 (N, C, H, W), labels as int64 (N,). A `UsageError` names what is wrong."""
     if not path.exists():
         raise UsageError(f"data file {path} does not exist")
     try:

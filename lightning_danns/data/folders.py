@@ -35,19 +35,9 @@ def readable(path: Path, channels: int, on_error: str) -> Image.Image | None:
 
 
 class ImageFolderDataset(BatchDataset):
-    """Batches of the images ``samples`` of a `FileList`: pixels (N, C, H, W) in [0, 1] as float32, labels (N,).
+    """Batches of the images ``samples`` (n,) of a `FileList`: pixels (N, C, H, W) in [0, 1] as float32, labels (N,).
 
-    Args:
-        files: where the images are.
-        samples: which of them this set has (n,).
-        labels: their labels (n,).
-        transform: maps an image (Pillow's) to an image or tensor of a fixed shape (`to_pixels`).
-        channels: 1 or 3.
-        on_error: whether an unreadable file is skipped, or raises.
-        batch_transform: maps images and labels of a batch to others, as v2.MixUp does.
-
-    Attributes:
-        unreadable: which samples could not be read so far (n,), in memory that worker processes share.
+    ``unreadable`` (n,) says which could not be read so far. For the other arguments see `ImageFolderDataModule`.
     """
 
     def __init__(
@@ -63,7 +53,7 @@ class ImageFolderDataset(BatchDataset):
         self.files, self.samples, self.labels = files, samples, labels
         self.transform, self.batch_transform = transform, batch_transform
         self.channels, self.on_error = channels, on_error
-        self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
+        self.unreadable = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # with worker processes
         self._reported = 0
 
     def __len__(self) -> int:

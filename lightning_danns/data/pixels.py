@@ -22,10 +22,7 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
     """Decode a file to mode L (``channels=1``) or RGB (``channels=3``), each value from 0 to 255.
 
     Integers of 16 bits are divided by 257, so that white stays white. What is transparent shows black, since it sends
-    no light. CMYK and palette images become RGB by Pillow's conversions.
-
-    Raises:
-        UnreadableImageError: see there.
+    no light. CMYK and palette images become RGB by Pillow's conversions. Raises `UnreadableImageError`.
     """
     mode = "L" if channels == 1 else "RGB"
     try:
@@ -52,11 +49,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(transform: Callable[[Any], Any], image: Image.Image, path: Path) -> Tensor:
-    """Transform an image to float32 (C, H, W) in [0, 1].
-
-    Raises:
-        UsageError: something else comes out, or pixels are negative or beyond 1; names the step that makes them so.
-    """
+    """Transform an image to float32 (C, H, W) in [0, 1]; a `UsageError` names the step that makes something else."""
     state = torch.get_rng_state()
     result = transform(image)
     if isinstance(result, Image.Image):
