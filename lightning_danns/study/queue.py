@@ -22,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from lightning_danns.errors import UsageError
@@ -36,18 +37,11 @@ class FitError(UsageError):
 
 def open_storage(folder: Path, url: str | None) -> RDBStorage:
     """The storage at ``url``, or ``folder/study.db``, made if there is none."""
-    ready = False
-
-    def begin(connection: Any, *_: Any) -> None:
-        # SQLite has no SELECT FOR UPDATE, by which Optuna gives a trial to one process alone: lock before reading
-        if ready:
-            connection.execute("BEGIN IMMEDIATE")
-
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     if url is None:
         folder.mkdir(parents=True, exist_ok=True)
     file: Any = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
-    opened = {"creator": lambda: sqlite3.connect(folder / "study.db", **file), "pool_events": [(begin, "checkout")]}
+    opened = {"creator": lambda: sqlite3.connect(folder / "study.db", **file)}
     retry = RetryHeartbeatStaleTrialCallback(RETRIES, inherit_intermediate_values=True)
     beat: Any = {"heartbeat_interval": HEARTBEAT, "grace_period": GRACE, "heartbeat_stale_trial_callback": retry}
     for pause in (1, 1, 1, 1, 0):
@@ -58,7 +52,8 @@ def open_storage(folder: Path, url: str | None) -> RDBStorage:
             if not pause:
                 raise UsageError(f"storage {url or folder / 'study.db'}: {error}") from error
             time.sleep(pause * random.random())  # another process makes it at this moment
-    ready = True
+    if url is None:  # SQLite has no SELECT FOR UPDATE, by which Optuna gives a trial to one process alone: lock first
+        event.listen(storage.engine, "checkout", lambda connection, *_: connection.execute("BEGIN IMMEDIATE"))
     return storage
 
 
