@@ -112,14 +112,13 @@ def write_report(folders: Sequence[Path], out: Path, last: int = 5) -> str:
             parts.append(f"## {cell(data)}")
             for (metric, mode), arms in rows[rows.data == data].groupby(["metric", "mode"]):
                 of = values[(values.data == data) & (values.metric == metric)]
-                over = "of one checkpoint" if metric.startswith("checkpoint_") else f"mean of the last {last} epochs"
+                of_checkpoint = metric.startswith("checkpoint_")
+                over = "of one checkpoint" if of_checkpoint else f"mean of the last {last} epochs"
                 parts += [f"### {cell(metric)}, {over}", markdown(arms)]
                 arms.to_csv(out / f"{file_name(f'{data} {metric}')}.csv", index=False)
                 shown = own[own.folder.isin(of.folder)]
-                drawn, caption = metric, "Every seed, and their mean. The start may lie outside."
-                if metric.startswith("checkpoint_"):
-                    drawn = shown.monitor.iloc[0]
-                draw(curves(shown, drawn, mode), f"{data} {metric} curves", caption)
+                figure = curves(shown, shown.monitor.iloc[0] if of_checkpoint else metric, mode)
+                draw(figure, f"{data} {metric} curves", "Every seed, and their mean. The start may lie outside.")
             ends = own[~own.finished & ~own.trial].groupby("folder", sort=False).tail(1).itertuples()
             unfinished = [f"{cell(run.arm)}, seed {run.seed}: {run.epoch + 1} epochs" for run in ends]
             listing("Not finished, and in no table:", unfinished)

@@ -1,6 +1,5 @@
 """What a run's task is judged by, over its last epochs: of each run, and of each arm with an interval over seeds."""
 
-import math
 import re
 import zlib
 from typing import Any
@@ -34,10 +33,10 @@ def table(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
     """
     arms = run_values(runs, last).groupby(["data", "metric", "mode", "arm"], as_index=False)
     told: Any = {name: (name, how) for name, how in (("lr", "first"), ("epochs", "min"), ("diverged", "sum"))}
-    rows = arms.agg(runs=("value", "size"), value=("value", "mean"), std=("value", "std"), **told)
-    half = t.ppf(0.975, rows.runs - 1) * rows["std"] / rows.runs.map(math.sqrt)  # NaN of one run
-    rows = rows.assign(low=rows.value - half, high=rows.value + half, order=rows.value)
-    rows.loc[rows["mode"] == "max", "order"] *= -1
+    rows = arms.agg(runs=("value", "size"), value=("value", "mean"), error=("value", "sem"), **told)
+    half = t.ppf(0.975, rows.runs - 1) * rows.error  # NaN of one run
+    order = rows.value.where(rows["mode"] == "min", -rows.value)
+    rows = rows.assign(low=rows.value - half, high=rows.value + half, order=order)
     rows = rows.sort_values(["data", "metric", "order"], ignore_index=True)
     return rows[["data", "metric", "mode", "arm", "runs", "value", "low", "high", "lr", "epochs", "diverged"]]
 
