@@ -31,10 +31,6 @@ from lightning_danns.study.settings import DEFAULTS
 HEARTBEAT, GRACE, RETRIES = 20, 60, 3
 
 
-class FitError(UsageError):
-    """A fit ended with an error; the text says which."""
-
-
 def open_storage(folder: Path, url: str | None) -> RDBStorage:
     """The storage at ``url``, or ``folder/study.db``, made if there is none."""
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
@@ -86,7 +82,7 @@ def work(study: optuna.Study, train: Callable[[Trial], float]) -> None:
             raise optuna.TrialPruned
         try:
             return train(trial)
-        except FitError as error:
+        except UsageError as error:
             trial.set_user_attr("ended", f"failed, {error}")
             raise
         except (KeyboardInterrupt, SystemExit) as end:  # Ctrl-C, SIGTERM: back into the queue
@@ -102,7 +98,7 @@ def work(study: optuna.Study, train: Callable[[Trial], float]) -> None:
     while time.monotonic() < last + 1.5 * GRACE:
         optuna.storages.fail_stale_trials(study)
         if names(study, TrialState.WAITING):
-            study.optimize(objective, n_trials=1, catch=(FitError,), callbacks=[tell])
+            study.optimize(objective, n_trials=1, catch=(UsageError,), callbacks=[tell])
             last = time.monotonic()
         elif names(study, TrialState.RUNNING):
             time.sleep(min(2, GRACE / 10))
@@ -121,7 +117,7 @@ def several(room: str, args: Sequence[str], jobs: int) -> int:
 
 
 def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback] = ()) -> None:
-    """One fit in this process, which starts or goes on in ``folder``; its output goes to ``log.txt`` there."""
+    """One fit, which starts or goes on in ``folder``, and writes ``log.txt`` there; a `UsageError` if it fails."""
     from lightning_danns.cli import main
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,11 +129,11 @@ def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback] = ()
         if end.code != 2:
             raise
         said = re.findall("^error: (.*)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
-        raise FitError(said[-1] if said else f"see {log}") from end
+        raise UsageError(said[-1] if said else f"see {log}") from end
     except Exception as error:
         with open(log, "a", encoding="utf-8") as file:
             traceback.print_exc(file=file)
-        raise FitError(f"{type(error).__name__}: {error} (see {log})") from error
+        raise UsageError(f"{type(error).__name__}: {error} (see {log})") from error
 
 
 @contextmanager

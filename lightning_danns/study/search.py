@@ -33,10 +33,9 @@ def parse_axis(text: str) -> tuple[str, dict[str, Any]]:
                 raise ValueError("there must be two choices or more, all different")
             return key, {"choices": choices}
         low, high = (int(end) if kind == "int" else float(end) for end in rest.split(":"))
-        if not (key and kind in ("log", "uniform", "int") and math.isfinite(high - low) and low < high):
-            raise ValueError("the low end must be below the high end")
-        if kind == "log" and low <= 0:
-            raise ValueError("a logarithmic range must begin above 0")
+        least = 0 if kind == "log" else -math.inf
+        if not (key and kind in ("log", "uniform", "int") and least < low < high < math.inf):
+            raise ValueError("the low end must be below the high end, and above 0 on a logarithmic scale")
         return key, {"low": low, "high": high} | ({} if kind == "int" else {"log": kind == "log"})
     except (TypeError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
@@ -150,7 +149,7 @@ class Search:
             raise optuna.TrialPruned
         best = result_of(folder / trial.user_attrs["run"]).get("best")
         if best is None or not math.isfinite(best):
-            raise queue.FitError(f"its best {report.monitor} is {best}")
+            raise UsageError(f"its best {report.monitor} is {best}")
         return float(best)
 
     def results(self, study: optuna.Study) -> str:
