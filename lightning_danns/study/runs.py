@@ -2,8 +2,7 @@
 
 A run is a folder with ``metrics.csv``. Its **arm** is what it is averaged with: the folder above ``seed_N``, or else
 the class of its model; of a fit without ``config.yaml``, its folder. Runs of one arm that differ in more than their
-seed become arms of their own, named by what differs, so that no mean mixes two settings. Runs on differing **data** do
-not even share a table.
+seed become arms of their own, named by what differs, so that no mean mixes settings; differing **data**, tables.
 """
 
 import json
@@ -25,9 +24,8 @@ ONLOOKERS = re.compile(r"Diagnostics|Monitor|ProgressBar|Summary|Checkpoint|Time
 def load_runs(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """All runs below ``folders``, and the reason for each folder that had to be left out.
 
-    A row for each run and epoch, with its metrics and what is known of the run. ``trial``: it is one of a sweep.
-    ``finished``: nothing is left to train (taken for true without ``config.yaml``). ``diverged``: its last training
-    loss is no number. ``monitor, mode``: what its task is judged by. ``checkpoint_test_*``: what ``test`` found.
+    ``trial``: it is one of a sweep. ``finished``: nothing is left to train (taken for true without ``config.yaml``).
+    ``diverged``: its last training loss is no number. ``checkpoint_test_*``: what ``test`` found.
     """
     tops = [Path(top).expanduser().resolve() for top in folders]
     root = Path(os.path.commonpath(tops))
@@ -99,12 +97,10 @@ def _metrics(folder: Path) -> pd.DataFrame:
     if not (folder / "metrics.csv").exists():
         raise UsageError("no metrics.csv: no epoch has ended, or its logger is another than CSVLogger")
     restarts = sorted(folder.glob("metrics-*.csv"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-    metrics = pd.DataFrame()
-    for log in map(_log, [*restarts, folder / "metrics.csv"]):
-        if "epoch" in log:
-            metrics = log.dropna(subset="epoch").groupby("epoch").last().combine_first(metrics)
-    if metrics.empty:
+    logs = [log for log in map(_log, [*restarts, folder / "metrics.csv"]) if "epoch" in log and len(log)]
+    if not logs:
         raise UsageError("metrics.csv is empty: no epoch has ended")
+    metrics = pd.concat(logs).groupby("epoch").last()
     metrics.index = metrics.index.astype(int)
     tested = _log(folder / "test" / "metrics.csv").filter(regex="^test_").dropna()
     return metrics.assign(**{f"checkpoint_{name}": value for name, value in tested.tail(1).max().items()})

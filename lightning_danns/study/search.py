@@ -71,8 +71,6 @@ class TrialReport(pl.Callback):
         self.outcome = "validated"
         if self.trial is None:
             return
-        if self.monitor not in metrics:
-            raise UsageError(f"no {self.monitor} is logged, but {', '.join(metrics) or 'nothing'}")
         losses = [value for name, value in metrics.items() if name == self.monitor or name.endswith("_loss")]
         if not all(map(math.isfinite, losses)):
             raise UsageError("it has diverged: a loss is no number")
@@ -135,7 +133,7 @@ class Search:
                 queue.fit(example, Path(temporary), [probe])
                 result = result_of(Path(temporary))
             monitor = str(result.get("monitor"))
-            if probe.outcome is None or not monitor.startswith("val"):
+            if probe.outcome is None or result.get("best") is None or not monitor.startswith("val"):
                 raise UsageError(f"there is no validation of {monitor}: hold some data out (--data.val_size)")
         return monitor, result["mode"]
 

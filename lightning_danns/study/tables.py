@@ -70,8 +70,7 @@ def label(name: object) -> str:
 
 def file_name(name: str) -> str:
     """The name of a file: of differing names, differing ones."""
-    plain = re.sub(r"[^a-z0-9.+-]+", "_", name.lower()).strip("_")
-    return plain if plain == name and len(name) < 80 else f"{plain[:80]}_{zlib.crc32(name.encode()):08x}"
+    return f"{re.sub('[^a-z0-9.+-]+', '_', name.lower()).strip('_')[:80]}_{zlib.crc32(name.encode()):08x}"
 
 
 def _short(name: object) -> str:
