@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,10 @@ def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback] = ()
     from lightning_danns.cli import main
 
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
+    log, kept = folder / "log.txt", os.dup(2)
     try:
-        with _output_to(log):
+        with open(log, "a", buffering=1, encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+            os.dup2(file.fileno(), 2)  # where loggers write
             main(["fit", *DEFAULTS, *args, f"--run_dir={folder}", "--ckpt_path=last"], callbacks=callbacks)
     except SystemExit as end:
         if end.code != 2:
@@ -131,19 +132,8 @@ def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback] = ()
         said = re.findall("^error: (.*)", log.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
         raise UsageError(said[-1] if said else f"see {log}") from end
     except Exception as error:
-        with open(log, "a", encoding="utf-8") as file:
-            traceback.print_exc(file=file)
+        os.write(2, traceback.format_exc().encode())  # still the log
         raise UsageError(f"{type(error).__name__}: {error} (see {log})") from error
-
-
-@contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Append to a file what this process prints, loggers included."""
-    kept = os.dup(2)
-    with open(path, "a", buffering=1, encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-        os.dup2(log.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
