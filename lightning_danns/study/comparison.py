@@ -1,6 +1,6 @@
-"""Several configs over several seeds, a folder for each run: ``python -m lightning_danns.compare --help``.
+"""Trains each config with each seed, in FOLDER/CONFIG/seed_N. Finished runs are skipped, unfinished ones go on.
 
-What is done is told by the run folders alone: the same command goes on after whatever ended it.
+Options that are not listed here are those of fit (--trainer.max_epochs, ...), for all runs.
 """
 
 import sys
@@ -56,11 +56,7 @@ def plan(configs: Sequence[Path], seeds: Sequence[int], folder: Path, fit_args: 
 
 def main(args: Sequence[str]) -> int:
     """Train what is left of the comparison; returns the exit status: 1 if a run failed."""
-    about = (
-        "Trains each config with each seed, in FOLDER/CONFIG/seed_N. Finished runs are skipped, unfinished ones go on. "
-        "Options that are not listed here are those of fit (--trainer.max_epochs, ...), for all runs."
-    )
-    parser = ArgumentParser("python -m lightning_danns.compare", description=about, allow_abbrev=False)
+    parser = ArgumentParser("python -m lightning_danns.compare", description=__doc__, allow_abbrev=False)
     parser.add_argument("configs", nargs="+", type=user_path, help="config files; their names are those of the arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of all configs (default: 0)")
     parser.add_argument("--folder", type=user_path, required=True, help="of all runs, e.g. runs/mnist")

@@ -1,4 +1,7 @@
-"""Search of settings for the best value of what the task monitors: ``python -m lightning_danns.sweep --help``."""
+"""Searches config keys for the best value of what the task monitors on held-out data.
+
+Options not listed here are those of fit, for all trials. The same command goes on, or helps from another terminal.
+"""
 
 import json
 import math
@@ -93,8 +96,7 @@ class Search:
         values = {key: axis.get("choices", [axis.get("low")]) for key, axis in self.axes.items()}
         rounds = range(max(map(len, values.values())))
         self.examples = [self.arguments({key: v[k % len(v)] for key, v in values.items()}) for k in rounds]
-        self.settings: dict[str, Any] = {"fit": settings_of(self.examples[0]), "pruning": not options.no_pruning}
-        self.settings["search"] = self.axes
+        self.settings = settings_of(self.examples[0]) | {"search": self.axes, "pruning": not options.no_pruning}
 
     def arguments(self, params: dict[str, Any]) -> list[str]:
         """Of ``fit``, with these values of the axes."""
@@ -106,7 +108,7 @@ class Search:
         storage = queue.open_storage(self.folder, url) if url or (self.folder / "study.db").exists() else None
         known = storage is not None and name in optuna.get_all_study_names(storage)
         monitor, mode = ("", "") if known else self.rehearse()
-        warmup = max(self.settings["fit"]["trainer"]["max_epochs"] or 0, 0) // 3  # small rates are behind at first
+        warmup = max(self.settings["trainer"]["max_epochs"] or 0, 0) // 3  # small rates are behind at first
         median = optuna.pruners.MedianPruner(n_warmup_steps=warmup)
         study = optuna.create_study(
             storage=storage or queue.open_storage(self.folder, url),
@@ -119,9 +121,7 @@ class Search:
         if not known:
             study.set_user_attr("monitor", monitor)
             study.set_user_attr("settings", self.settings)
-        earlier, now = study.user_attrs["settings"], self.settings
-        changed = [(key, earlier[key], now[key]) for key in ("search", "pruning") if earlier[key] != now[key]]
-        for key, old, new in changed + differences(earlier["fit"], now["fit"]):
+        for key, old, new in differences(study.user_attrs["settings"], self.settings):
             raise UsageError(f"{self.folder} holds a sweep with {key}={old}, not {new}: give another --folder")
         return study
 
@@ -172,22 +172,17 @@ class Search:
 
 def main(args: Sequence[str]) -> int:
     """Search, or go on with it."""
-    about = (
-        "Searches config keys for the best value of what the task monitors on held-out data. Options that are not "
-        "listed here are those of fit, for all trials. The same command goes on, or helps from another terminal."
-    )
-    parser = ArgumentParser("python -m lightning_danns.sweep", description=about, allow_abbrev=False)
+    parser = ArgumentParser("python -m lightning_danns.sweep", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--search", action="append", required=True, metavar="KEY=SPACE", help=f"{KINDS}; repeat for several keys")
     add("--folder", type=user_path, required=True, help="of the sweep, e.g. sweeps/layernorm")
     add("--trials", type=int, default=20, help="how many, of all processes together (default: 20)")
     add("--no_pruning", action="store_true", help="train hopeless trials to their end, too")
-    options, fit_args = parse(parser, args)
-    search = Search(options, fit_args)
+    search = Search(*parse(parser, args))
     study = search.open()
-    queue.fill(study, {f"{k:04d}": [] for k in range(options.trials)}, again=False)
-    if options.jobs > 1:
-        return queue.several("sweep", args, options.jobs)
+    queue.fill(study, {f"{k:04d}": [] for k in range(search.options.trials)}, again=False)
+    if search.options.jobs > 1:
+        return queue.several("sweep", args, search.options.jobs)
     queue.work(study, lambda trial: search.train(study, trial))
     print(search.results(study))
     return 0

@@ -77,7 +77,8 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of the settings in which two configs differ."""
-    was, now = (flat(config) | {"seed_everything": config.get("seed_everything")} for config in (old, new))
+    others = ("search", "pruning", "seed_everything")  # the first two are those of a sweep
+    was, now = ({name: config.get(name) for name in others} | flat(config) for config in (old, new))
     return [(name, was.get(name), now.get(name)) for name in was | now if was.get(name) != now.get(name)]
 
 
