@@ -111,12 +111,11 @@ def write_report(folders: Sequence[Path], out: Path, last: int = 5) -> str:
         for data, own in runs.groupby("data"):
             parts.append(f"## {cell(data)}")
             for (metric, mode), arms in rows[rows.data == data].groupby(["metric", "mode"]):
-                of = values[(values.data == data) & (values.metric == metric)]
                 of_checkpoint = metric.startswith("checkpoint_")
                 over = "of one checkpoint" if of_checkpoint else f"mean of the last {last} epochs"
                 parts += [f"### {cell(metric)}, {over}", markdown(arms)]
                 arms.to_csv(out / f"{file_name(f'{data} {metric}')}.csv", index=False)
-                shown = own[own.folder.isin(of.folder)]
+                shown = own[own.folder.isin(values.folder[values.metric == metric])]
                 figure = curves(shown, shown.monitor.iloc[0] if of_checkpoint else metric, mode)
                 draw(figure, f"{data} {metric} curves", "Every seed, and their mean. The start may lie outside.")
             ends = own[~own.finished & ~own.trial].groupby("folder", sort=False).tail(1).itertuples()

@@ -1,8 +1,8 @@
 """Run folders as one tidy table: a row for each run and epoch.
 
 A run is a folder with ``metrics.csv``. Its **arm** is what it is averaged with: the folder above ``seed_N``, or else
-the class of its model; of a fit without ``config.yaml``, its folder. Runs of one arm that differ in more than their
-seed become arms of their own, named by what differs, so that no mean mixes settings; differing **data**, tables.
+the class of its model; of a fit without ``config.yaml``, its folder. No mean mixes settings, and no table mixes data:
+runs of one arm that differ in more than their seed become arms of their own.
 """
 
 import json
@@ -24,8 +24,7 @@ ONLOOKERS = re.compile(r"Diagnostics|Monitor|ProgressBar|Summary|Checkpoint|Time
 def load_runs(*folders: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     """All runs below ``folders``, and the reason for each folder that had to be left out.
 
-    ``trial``: it is one of a sweep. ``finished``: nothing is left to train (taken for true without ``config.yaml``).
-    ``diverged``: its last training loss is no number. ``checkpoint_test_*``: what ``test`` found.
+    ``finished``: nothing is left to train, or no ``config.yaml`` tells. ``diverged``: its last loss is no number.
     """
     tops = [Path(top).expanduser().resolve() for top in folders]
     root = Path(os.path.commonpath(tops))

@@ -26,11 +26,7 @@ def run_values(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
 
 
 def table(runs: pd.DataFrame, last: int = 5) -> pd.DataFrame:
-    """A row for each data set, metric and arm, the best first in each.
-
-    ``value``: mean over the seeds of each seed's mean over the ``last`` epochs; ``low, high``: its 95 % interval, by
-    Student's t over the seeds (none of one seed); ``epochs``: how many were trained; ``diverged``: so many runs did.
-    """
+    """A row for each data set, metric and arm, the best first: mean of `run_values`, 95 % interval by Student's t."""
     arms = run_values(runs, last).groupby(["data", "metric", "mode", "arm"], as_index=False)
     told: Any = {name: (name, how) for name, how in (("lr", "first"), ("epochs", "min"), ("diverged", "sum"))}
     rows = arms.agg(runs=("value", "size"), value=("value", "mean"), error=("value", "sem"), **told)
