@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from lightning_danns.data import MNISTDataModule as MNISTDataModule
     from lightning_danns.errors import UsageError as UsageError
     from lightning_danns.layers import ColumnEILinear as ColumnEILinear
+    from lightning_danns.layers import DaleBatchNorm1d as DaleBatchNorm1d
+    from lightning_danns.layers import DaleBatchNorm2d as DaleBatchNorm2d
     from lightning_danns.layers import DaleModule as DaleModule
     from lightning_danns.layers import DANNConv2d as DANNConv2d
     from lightning_danns.layers import DANNLinear as DANNLinear
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "layers": "ColumnEILinear DANNConv2d DANNLinear DaleModule project_ standardise_",
+    "layers": "ColumnEILinear DANNConv2d DANNLinear DaleBatchNorm1d DaleBatchNorm2d DaleModule project_ standardise_",
     "optim": "DiagonalNGD Sequential WarmupCosine fisher_param_groups fisher_ratios measured_factors",
     "callbacks": (
         "CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping "

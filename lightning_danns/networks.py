@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,14 @@ from torch.nn.utils import parametrize
 
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inhibition, Inputs
-from lightning_danns.layers import ColumnEILinear, DANNConv2d, DANNLinear
+from lightning_danns.layers import ColumnEILinear, DaleBatchNorm1d, DaleBatchNorm2d, DANNConv2d, DANNLinear
 
 Norm = Literal["none", "layer", "group", "batch", "centred"]
 """Normalisation of hidden ordinary layers: none; over a sample's units (layer), or over its channels and pixels (group,
 one group); over the batch; or weights alone, each row kept at mean 0 (centred)."""
+
+DaleNorm = Literal["none", "batch"]
+"""Normalisation of hidden units under Dale's principle: none, or over the batch (`DaleBatchNorm1d`)."""
 
 Shortcut = Literal["after", "before"]
 """Where a residual block adds its input: after its last ReLU, or before it."""
@@ -43,19 +46,34 @@ class ConvFamily(Family, Protocol):
 
 @dataclass(frozen=True)
 class DANNFamily:
-    """Excitatory units with interneurons of their own (`DANNLinear`, `DANNConv2d`), not balanced if not said."""
+    """Excitatory units with interneurons of their own (`DANNLinear`, `DANNConv2d`), not balanced if not said.
+
+    With a ``norm``, hidden layers have no bias, where the normalisation has one.
+    """
 
     divisive: bool = True
     balanced: bool = False
     inhibition: Inhibition | None = None
     eps: float | None = None
+    norm: DaleNorm = "none"
+
+    def __post_init__(self) -> None:
+        if self.norm not in get_args(DaleNorm):
+            raise UsageError(f"norm={self.norm!r}: networks under Dale's principle have 'none' or 'batch'")
 
     def dense(self, d: int, n: int, ni: int, *, first: bool, last: bool) -> list[nn.Module]:
         inputs: Inputs = "pixels" if first else "rectified"
-        return [DANNLinear(d, n, ni, inputs=inputs, **vars(self))]
+        plain = last or self.norm == "none"
+        layer = DANNLinear(d, n, ni, inputs=inputs, bias=plain, **self._options())
+        return [layer] if plain else [layer, DaleBatchNorm1d(n)]
 
     def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-        return [DANNConv2d(c, n, ni, kernel, stride, padding=kernel // 2, **vars(self))]
+        plain = self.norm == "none"
+        layer = DANNConv2d(c, n, ni, kernel, stride, padding=kernel // 2, bias=plain, **self._options())
+        return [layer] if plain else [layer, DaleBatchNorm2d(n)]
+
+    def _options(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "norm"}
 
 
 @dataclass(frozen=True)

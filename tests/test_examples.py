@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_data
 
-from lightning_danns import DANNMLP, ImageDataModule, assert_dale, project_
+from lightning_danns import DANNMLP, ImageDataModule, assert_dale
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
@@ -65,24 +64,6 @@ def test_a_layer_of_ones_own_learns_in_balance(main):
     assert hidden(x)[0].allclose(hidden.b, atol=1e-3)
     rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
     assert rates["network.1.Wei"] == pytest.approx(0.1 / 784)
-
-
-def test_a_family_of_ones_own_is_standardised_over_the_batch_and_keeps_its_signs(main):
-    train = main("normalised")
-    model, trainer = train(data_dir=".", epochs=2)
-    assert trainer.callback_metrics["val_accuracy"] > 0.5
-    hidden, standardised = model.network[0], model.network[1]
-    images = torch.rand(50, 1, 28, 28)
-    z = standardised.train()(hidden(images))
-    mean, deviation = z.mean((0, 2, 3)), z.std((0, 2, 3), correction=0)
-    torch.testing.assert_close(mean, standardised.b, rtol=0, atol=1e-5)
-    torch.testing.assert_close(deviation, standardised.g, rtol=1e-2, atol=0)  # eps of the variance
-    standardised.g.data[0] = -1
-    project_(model)
-    assert standardised.g[0] == 0
-    residual = train.__globals__["NormalisedNet"](depth=20)
-    assert_dale(residual)
-    assert residual(images).shape == (50, 10)
 
 
 def test_an_autoencoder_explains_variance_of_its_images(main):

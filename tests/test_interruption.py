@@ -165,9 +165,14 @@ def test_a_fit_that_was_told_to_stop_earlier_goes_on_exactly(folder, arm, stop, 
 
 
 def test_a_fit_at_its_end_keeps_its_log(folder):
+    result = None
     for _ in range(2):
         fit("run", "--trainer.max_epochs=1")
         assert [path.name for path in (folder / "run").glob("*.csv")] == ["metrics.csv"]
+        kept = (folder / "run" / "result.yaml").read_text()
+        assert "val_loss" in kept
+        assert result in (None, kept)
+        result = kept
 
 
 @pytest.mark.parametrize(("moment", "left"), [("half written", 8), ("written", 8), ("renamed", 10)])

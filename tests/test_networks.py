@@ -83,6 +83,7 @@ def test_the_control_has_he_normal_weights_and_zero_biases():
 FAMILIES = {
     "dann": DANNFamily(),
     "subtractive": DANNFamily(divisive=False),
+    "batch": DANNFamily(divisive=False, balanced=True, norm="batch"),
     "column_ei": ColumnEIFamily(),
     "standard": StandardFamily("batch"),
 }

@@ -117,7 +117,7 @@ class RunRecord(pl.Callback):
     def __init__(self, folder: Path, config: str, best: tuple[str, str]) -> None:
         self.folder, self.config, self.best = folder, config, best
         self.best_value: float | None = None
-        self._started_at = 0
+        self._started_at: int | None = None  # none in a fit that had nothing left to train
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_value": self.best_value}
@@ -173,9 +173,9 @@ class RunRecord(pl.Callback):
             self.best_value = max(values) if mode == "max" else min(values)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.global_step == self._started_at:
+        if self._started_at is None or trainer.global_step == self._started_at:
             return  # a run that was at its end already keeps its result
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         monitor, mode = self.best

@@ -1,5 +1,6 @@
 """Layers in plain torch, usable in any training loop."""
 
+from lightning_danns.layers.batch_norm import DaleBatchNorm1d, DaleBatchNorm2d
 from lightning_danns.layers.column_ei import ColumnEILinear
 from lightning_danns.layers.dale import (
     Balance,
@@ -23,6 +24,8 @@ __all__ = [
     "DANNComponents",
     "DANNConv2d",
     "DANNLinear",
+    "DaleBatchNorm1d",
+    "DaleBatchNorm2d",
     "DaleModule",
     "dale_layers",
     "imbalance",

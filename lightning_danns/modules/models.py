@@ -9,7 +9,18 @@ from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inhibition
 from lightning_danns.layers import ColumnEILinear
 from lightning_danns.modules.tasks import ImageClassifier
-from lightning_danns.networks import ColumnEIFamily, DANNFamily, Norm, Shortcut, StandardFamily, cnn, mlp, resnet, vgg
+from lightning_danns.networks import (
+    ColumnEIFamily,
+    DaleNorm,
+    DANNFamily,
+    Norm,
+    Shortcut,
+    StandardFamily,
+    cnn,
+    mlp,
+    resnet,
+    vgg,
+)
 
 
 class DANNMLP(ImageClassifier):
@@ -22,6 +33,8 @@ class DANNMLP(ImageClassifier):
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
+            stands in place of division.
         kwargs: see `ImageClassifier`.
 
     Example:
@@ -41,11 +54,12 @@ class DANNMLP(ImageClassifier):
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
+        norm: DaleNorm = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.network = mlp(
-            self.input_shape, hidden_sizes, self.num_classes, DANNFamily(divisive, balanced, inhibition, eps), ni
+            self.input_shape, hidden_sizes, self.num_classes, DANNFamily(divisive, balanced, inhibition, eps, norm), ni
         )
 
 
@@ -129,6 +143,8 @@ class DANNConvNet(ImageClassifier):
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
+            stands in place of division.
         kwargs: see `ImageClassifier`.
     """
 
@@ -142,6 +158,7 @@ class DANNConvNet(ImageClassifier):
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
+        norm: DaleNorm = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -151,7 +168,7 @@ class DANNConvNet(ImageClassifier):
             blocks,
             hidden_sizes,
             self.num_classes,
-            DANNFamily(divisive, balanced, inhibition, eps),
+            DANNFamily(divisive, balanced, inhibition, eps, norm),
             conv_ni=conv_ni,
             ni=ni,
         )
@@ -188,6 +205,8 @@ class DANNVGG(ImageClassifier):
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
+            stands in place of division.
         kwargs: see `ImageClassifier`.
     """
 
@@ -199,11 +218,12 @@ class DANNVGG(ImageClassifier):
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
+        norm: DaleNorm = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.network = vgg(
-            depth, self.input_shape, self.num_classes, DANNFamily(divisive, balanced, inhibition, eps), dropout
+            depth, self.input_shape, self.num_classes, DANNFamily(divisive, balanced, inhibition, eps, norm), dropout
         )
 
 
@@ -232,6 +252,8 @@ class DANNResNet(ImageClassifier):
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
+            stands in place of division.
         kwargs: see `ImageClassifier`.
     """
 
@@ -243,10 +265,11 @@ class DANNResNet(ImageClassifier):
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
+        norm: DaleNorm = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        family = DANNFamily(divisive, balanced, inhibition, eps)
+        family = DANNFamily(divisive, balanced, inhibition, eps, norm)
         self.network = resnet(depth, self.input_shape, self.num_classes, family, shortcut)
 
 
