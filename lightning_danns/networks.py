@@ -48,10 +48,10 @@ class ConvFamily(Family, Protocol):
 class DANNFamily:
     """Excitatory units with interneurons of their own (`DANNLinear`, `DANNConv2d`), not balanced if not said.
 
-    With a ``norm``, hidden layers have no bias, where the normalisation has one.
+    With a ``norm``, hidden layers have no bias, where the normalisation has one, and divide only if ``divisive=True``.
     """
 
-    divisive: bool = True
+    divisive: bool | None = None
     balanced: bool = False
     inhibition: Inhibition | None = None
     eps: float | None = None
@@ -73,7 +73,8 @@ class DANNFamily:
         return [layer] if plain else [layer, DaleBatchNorm2d(n)]
 
     def _options(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "norm"}
+        divisive = self.norm == "none" if self.divisive is None else self.divisive
+        return {**{name: value for name, value in vars(self).items() if name != "norm"}, "divisive": divisive}
 
 
 @dataclass(frozen=True)

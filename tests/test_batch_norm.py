@@ -1,12 +1,22 @@
 """Batch normalisation under Dale's principle: torch's own numbers, and gains that stay non-negative."""
 
 import functools
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_danns import DaleBatchNorm1d, DaleBatchNorm2d, DANNConvNet, DANNLinear, DANNResNet, UsageError, project_
+from lightning_danns import (
+    DaleBatchNorm1d,
+    DaleBatchNorm2d,
+    DANNConvNet,
+    DANNLinear,
+    DANNResNet,
+    UsageError,
+    project_,
+    standardise_,
+)
 from lightning_danns.layers import DaleModule, dale_layers
 from lightning_danns.networks import DANNFamily
 from lightning_danns.testing import assert_dale
@@ -45,14 +55,14 @@ def test_a_negative_gain_is_seen_and_clamped():
 
 
 @pytest.mark.parametrize("make", [DANNConvNet, functools.partial(DANNResNet, depth=20)], ids=["cnn", "resnet"])
-@pytest.mark.parametrize("divisive", [True, False])
+@pytest.mark.parametrize("divisive", [True, None])
 def test_networks_standardise_all_hidden_units_and_keep_their_signs_at_absurd_rates(make, divisive, make_trainer):
     torch.manual_seed(0)
     sgd = functools.partial(torch.optim.SGD, lr=3.0, momentum=0.9)
     model = make(input_shape=(1, 8, 8), divisive=divisive, norm="batch", optimizer=sgd)
     *hidden, output = [layer for _, layer in dale_layers(model) if isinstance(layer, DaleModule)]
     assert [type(layer).__name__.startswith("DaleBatchNorm") for layer in hidden] == [False, True] * (len(hidden) // 2)
-    assert all(layer.b is None for layer in hidden[::2])
+    assert all(layer.b is None and layer.divisive is bool(divisive) for layer in hidden[::2])
     assert output.b is not None
     images = torch.rand(32, 1, 8, 8)
     u = hidden[1](hidden[0](images))
@@ -66,13 +76,31 @@ def test_networks_standardise_all_hidden_units_and_keep_their_signs_at_absurd_ra
 def test_synchronised_statistics_keep_the_gains_under_the_principle():
     """What ``sync_batchnorm=True`` of a Trainer does before it trains on several devices."""
     network = nn.Sequential(*DANNFamily(norm="batch").conv(3, 6, 1))
+    x = torch.rand(4, 3, 8, 8)
+    network(x)
+    expected = network.eval()(x)
     before = [name for name, _ in dale_layers(network)]
     network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     assert any(isinstance(module, nn.SyncBatchNorm) for module in network.modules())
     assert [name for name, _ in dale_layers(network)] == before == ["0", "1"]
     assert dict(network[1].nonnegative_parameters())["g"] is network[1].g
+    torch.testing.assert_close(network(x), expected)  # in evaluation mode it runs on the CPU too
+
+    assert network[1].norm.running_mean.shape == (6,)
 
 
-def test_other_norms_are_refused():
+def test_what_has_no_meaning_is_refused():
     with pytest.raises(UsageError, match=r"norm='layer'.*'none' or 'batch'"):
         DANNResNet(norm="layer")
+    for layer, shape in (
+        (DaleBatchNorm1d(6), (4, 6, 6)),
+        (DaleBatchNorm1d(6), (4, 5)),
+        (DaleBatchNorm2d(6), (6, 3, 3)),
+    ):
+        with pytest.raises(UsageError, match=re.escape(str(shape))):
+            layer(torch.rand(shape))
+    with pytest.raises(UsageError, match="one value of each unit"):
+        DaleBatchNorm1d(6)(torch.rand(1, 6))
+    DaleBatchNorm1d(6).eval()(torch.rand(1, 6))
+    with pytest.raises(UsageError, match=r"'1'.*norm='batch'.*leave this start out"):
+        standardise_(nn.Sequential(DANNLinear(4, 6, 1, bias=False), DaleBatchNorm1d(6)), torch.rand(20, 4))

@@ -200,6 +200,7 @@ def test_what_cannot_be_read_is_left_out_with_the_reason(tmp_path, report):
     damage = {
         "empty": ("metrics.csv", b"", "metrics.csv is empty"),
         "header": ("metrics.csv", b"epoch,step\n", "metrics.csv is empty"),
+        "no epoch": ("metrics.csv", b"epoch,step,train_loss\n,1,\n", "metrics.csv is empty"),
         "ragged": ("metrics.csv", b'a,b\n1,2\n1,2,3,4\n"', "metrics.csv cannot be read"),
         "binary": ("metrics.csv", b"\xff\xfe\x00\x81" * 9, "metrics.csv"),
         "yaml": ("config.yaml", b"a: [1\nb: }", "config.yaml cannot be read"),

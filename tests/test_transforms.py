@@ -100,6 +100,25 @@ def test_backward_under_autocast_of_a_forward_pass_without_it(kind):
         torch.testing.assert_close(value, wanted, rtol=0, atol=0.03 * float(wanted.abs().max()))
 
 
+def test_a_division_keeps_its_precision_in_a_backward_under_autocast():
+    torch.manual_seed(0)
+    layer = DANNConv2d(3, 6, 2, kernel_size=3, padding=1)
+    x = torch.rand(4, 3, 8, 8, requires_grad=True)
+    inputs = [
+        x,
+        layer.Wex,
+        layer.alpha,
+        layer.g,
+        layer.b,
+    ]  # those of Wix and Wei go through a product of torch's as well
+    dz = torch.randn(4, 6, 8, 8)
+    expected, z = torch.autograd.grad(layer(x), inputs, dz), layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients = torch.autograd.grad(z, inputs, dz)
+    for value, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize(
     "geometry", [{"stride": 2, "padding": (2, 0)}, {"dilation": (1, 2)}, {"kernel_size": 1}], ids=str
 )

@@ -82,7 +82,8 @@ def activity(
             raise UsageError(
                 f"layer {name!r} gives {tuple(values.shape)} for one batch and {tuple(shapes[key])} for another"
             )
-        stores[key].append(values.clone())  # the next operation may write into it, as ReLU(inplace=True) does
+        # a copy in memory, because the next operation may write into it, as ReLU(inplace=True) does
+        stores[key].append(values.clone() if memmap is None else values)
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], z: Tensor) -> None:
         name = chosen[layer]

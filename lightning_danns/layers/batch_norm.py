@@ -1,8 +1,10 @@
 """Batch normalisation under Dale's principle: its gains stay non-negative."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_danns.errors import UsageError
 from lightning_danns.layers.dale import DaleModule
 
 
@@ -23,10 +25,13 @@ class DaleBatchNorm1d(DaleModule):
 
     Attributes:
         g, b: (n,); 1 and 0 at the start.
-        standardise: torch's layer, without gain and bias; ``sync_batchnorm=True`` of a Trainer converts it.
+        norm: torch's layer, which holds running mean and variance; ``sync_batchnorm=True`` of a Trainer converts it.
 
     Shape:
         u (N, n) -> z (N, n).
+
+    Raises:
+        UsageError: an input of another shape; in training, a batch that has one value of each unit.
 
     Example:
         >>> layer = DaleBatchNorm1d(3)
@@ -37,16 +42,30 @@ class DaleBatchNorm1d(DaleModule):
 
     nonnegative = ("g",)
     nonnegative_inputs = False
-    torchs: type[nn.BatchNorm1d | nn.BatchNorm2d] = nn.BatchNorm1d
+    of_torch: type[nn.BatchNorm1d | nn.BatchNorm2d] = nn.BatchNorm1d
 
     def __init__(self, n: int) -> None:
         super().__init__()
-        self.standardise = self.torchs(n, affine=False)
+        self.norm = self.of_torch(n, affine=False)
         self.g, self.b = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n))
 
     def forward(self, u: Tensor) -> Tensor:
-        per_unit = (-1,) + (1,) * (-1 - self.unit_dim)
-        return self.g.view(per_unit) * self.standardise(u) + self.b.view(per_unit)
+        norm = self.norm
+        if u.dim() != 1 - self.unit_dim or u.shape[self.unit_dim] != norm.num_features:
+            shape = f"(N, {norm.num_features}{', H, W' if self.unit_dim == -3 else ''})"
+            raise UsageError(f"input of shape {tuple(u.shape)}: this layer takes {shape}")
+        if isinstance(norm, nn.SyncBatchNorm):
+            per_unit = (-1,) + (1,) * (-1 - self.unit_dim)
+            return self.g.view(per_unit) * norm(u) + self.b.view(per_unit)
+        if norm.training:
+            if u.numel() == norm.num_features:
+                raise UsageError(
+                    "a batch has one value of each unit, which has no deviation: give a batch size that does not leave "
+                    "one sample for the last batch"
+                )
+            norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        # not norm(u), whose result would be kept for the gradient of g
+        return F.batch_norm(u, norm.running_mean, norm.running_var, self.g, self.b, norm.training, 0.1, norm.eps)
 
 
 class DaleBatchNorm2d(DaleBatchNorm1d):
@@ -57,4 +76,4 @@ class DaleBatchNorm2d(DaleBatchNorm1d):
     """
 
     unit_dim = -3
-    torchs = nn.BatchNorm2d
+    of_torch = nn.BatchNorm2d

@@ -114,7 +114,7 @@ class Quotient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, du: Tensor) -> Any:
-        if in_half(du):
+        if autocasts(du):
             with without_autocast(du):
                 return Quotient.backward(ctx, du)
         z_i, Wei, u = ctx.saved_tensors

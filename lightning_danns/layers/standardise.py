@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_danns.errors import UsageError
+from lightning_danns.layers.batch_norm import DaleBatchNorm1d
 from lightning_danns.layers.dale import DaleModule, dale_layers
 from lightning_danns.layers.dann import at_least_float32
 
@@ -40,7 +41,8 @@ def standardise_(model: nn.Module, x: Tensor, reduce: Callable[[Tensor], Tensor]
         By layer's qualified name, the standard deviation of each unit's z before, (units,).
 
     Raises:
-        UsageError: fewer than two signed layers run; one runs more than once or is sharded; z is not finite.
+        UsageError: fewer than two signed layers run; one runs more than once or is sharded; z is not finite; the
+            network is standardised over each batch already.
 
     Example:
         >>> from lightning_danns import DANNLinear
@@ -53,6 +55,8 @@ def standardise_(model: nn.Module, x: Tensor, reduce: Callable[[Tensor], Tensor]
     """
     names = {layer: name for name, layer in dale_layers(model)}
     for layer, name in names.items():
+        if isinstance(layer, DaleBatchNorm1d):
+            raise UsageError(f"layer {name!r} standardises each batch (norm='batch'): leave this start out")
         if any(type(parameter) is not nn.Parameter for parameter in layer.parameters(recurse=False)):
             raise UsageError(f"layer {name!r} is sharded: standardise the network before it is")
     order: list[DaleModule] = []

@@ -29,12 +29,11 @@ class DANNMLP(ImageClassifier):
     Args:
         hidden_sizes: excitatory units of each hidden layer.
         ni: interneurons, one number for every hidden layer or one each; a tenth of the units if not given.
-        divisive: whether inhibition divides as well as subtracts.
+        divisive: whether inhibition divides as well as subtracts; if not given, it does unless there is a ``norm``.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
-        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
-            stands in place of division.
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`), in place of division.
         kwargs: see `ImageClassifier`.
 
     Example:
@@ -50,7 +49,7 @@ class DANNMLP(ImageClassifier):
         self,
         hidden_sizes: Sequence[int] = (500, 500, 500),
         ni: int | list[int] | None = None,
-        divisive: bool = True,
+        divisive: bool | None = None,
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
@@ -139,12 +138,11 @@ class DANNConvNet(ImageClassifier):
         hidden_sizes: excitatory units of each hidden dense layer.
         conv_ni: interneurons of each convolution, one number or one each; a tenth of the channels if not given.
         ni: the same for the hidden dense layers.
-        divisive: whether inhibition divides as well as subtracts.
+        divisive: whether inhibition divides as well as subtracts; if not given, it does unless there is a ``norm``.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
-        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
-            stands in place of division.
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`), in place of division.
         kwargs: see `ImageClassifier`.
     """
 
@@ -154,7 +152,7 @@ class DANNConvNet(ImageClassifier):
         hidden_sizes: Sequence[int] = (256,),
         conv_ni: int | list[int] | None = None,
         ni: int | list[int] | None = None,
-        divisive: bool = True,
+        divisive: bool | None = None,
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
@@ -201,12 +199,11 @@ class DANNVGG(ImageClassifier):
     Args:
         depth: 16 or 19 layers.
         dropout: probability of dropping a hidden dense unit.
-        divisive: whether inhibition divides as well as subtracts.
+        divisive: whether inhibition divides as well as subtracts; if not given, it does unless there is a ``norm``.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
-        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
-            stands in place of division.
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`), in place of division.
         kwargs: see `ImageClassifier`.
     """
 
@@ -214,7 +211,7 @@ class DANNVGG(ImageClassifier):
         self,
         depth: int = 16,
         dropout: float = 0.5,
-        divisive: bool = True,
+        divisive: bool | None = None,
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,
@@ -248,12 +245,11 @@ class DANNResNet(ImageClassifier):
     Args:
         depth: 20, 32 or 56 (for 32 x 32 pixels), 18, 34 or 50 (for larger images).
         shortcut: where a block adds its input: ``"after"`` its last ReLU or ``"before"`` it (`ResidualBlock`).
-        divisive: whether inhibition divides as well as subtracts.
+        divisive: whether inhibition divides as well as subtracts; if not given, it does unless there is a ``norm``.
         balanced: whether each unit's inhibition is kept equal to its excitation (`DANNLinear`); ``False`` is the
             published method.
         inhibition, eps: how inhibition starts, and the semi-saturation of its division (`DANNLinear`).
-        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`); with ``divisive=False`` it
-            stands in place of division.
+        norm: ``"batch"`` standardises hidden units over the batch (`DaleBatchNorm1d`), in place of division.
         kwargs: see `ImageClassifier`.
     """
 
@@ -261,7 +257,7 @@ class DANNResNet(ImageClassifier):
         self,
         depth: int = 20,
         shortcut: Shortcut = "after",
-        divisive: bool = True,
+        divisive: bool | None = None,
         balanced: bool = True,
         inhibition: Inhibition | None = None,
         eps: float | None = None,

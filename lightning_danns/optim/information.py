@@ -60,8 +60,8 @@ def mean_squared_gradients(
     for name, module in network.named_modules():
         if isinstance(module, OVER_THE_BATCH) and (module.training or module.running_mean is None):
             raise UsageError(
-                f"layer {name!r} normalises over the batch: its samples have no gradients of their own. Use LayerNorm, "
-                "or running statistics (eval())"
+                f"layer {name!r} normalises over the batch: its samples have no gradients of their own. Use another "
+                "norm (of DANNs 'none', of others 'layer' too), or running statistics (eval())"
             )
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     values = {name: p.detach() for name, p in parameters.items()}

@@ -97,9 +97,9 @@ def _metrics(folder: Path) -> pd.DataFrame:
         raise UsageError("no metrics.csv: no epoch has ended, or its logger is another than CSVLogger")
     restarts = sorted(folder.glob("metrics-*.csv"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
     logs = [log for log in map(_log, [*restarts, folder / "metrics.csv"]) if "epoch" in log and len(log)]
-    if not logs:
+    metrics = pd.concat(logs).groupby("epoch").last() if logs else pd.DataFrame()
+    if metrics.empty:
         raise UsageError("metrics.csv is empty: no epoch has ended")
-    metrics = pd.concat(logs).groupby("epoch").last()
     metrics.index = metrics.index.astype(int)
     tested = _log(folder / "test" / "metrics.csv").filter(regex="^test_").dropna()
     return metrics.assign(**{f"checkpoint_{name}": value for name, value in tested.tail(1).max().items()})

@@ -77,6 +77,8 @@ class TrialReport(pl.Callback):
         losses = [value for name, value in metrics.items() if name == self.monitor or name.endswith("_loss")]
         if not all(map(math.isfinite, losses)):
             raise UsageError("it has diverged: a loss is no number")
+        if self.monitor not in metrics:
+            raise UsageError(f"there is no {self.monitor} among {', '.join(sorted(metrics))}")
         self.trial.report(metrics[self.monitor], trainer.current_epoch)
         if self.trial.should_prune():
             self.outcome, trainer.should_stop = "pruned", True
