@@ -11,7 +11,8 @@ import lightning_danns.cli as cli
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ARMS = sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("trainer", "recipes"))
-SMALL = [path for path in ARMS if path.parent.name != "imagenet"]
+KMNIST = [path for path in ARMS if path.parent.name == "kmnist"]
+SMALL = [path for path in ARMS if path.parent.name != "imagenet" and path not in KMNIST[1:]]
 OVERLAYS = sorted((CONFIGS / "trainer").glob("*.yaml"))
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
 EIGHT = {"mlp", "layernorm", "batchnorm", "dann_mlp", "dann_uncorrected", "dann_subtractive", "column_ei", "dann_ngd"}
@@ -44,6 +45,14 @@ def test_a_config_runs(path, small_files, tmp_path, monkeypatch):
     assert finished.trainer.callback_metrics["train_loss"].isfinite()
 
 
+@pytest.mark.parametrize("path", KMNIST, ids=name_of)
+def test_an_arm_of_kmnist_is_that_of_fashion_mnist_on_other_data(path):
+    twin = (CONFIGS / "fashion_mnist" / path.name).read_text()
+    assert yaml.safe_load(path.read_text()) == yaml.safe_load(
+        twin.replace("FashionMNISTDataModule", "KMNISTDataModule")
+    )
+
+
 @pytest.mark.parametrize("path", [path for path in ARMS if path.stem in EIGHT and "dann" in path.stem], ids=name_of)
 def test_the_arms_of_the_paper_are_not_balanced(path):
     assert yaml.safe_load(path.read_text())["model"]["init_args"]["balanced"] is False
@@ -64,7 +73,7 @@ def settings(monkeypatch, capsys, *configs):
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("path", [path for path in ARMS if path not in SMALL], ids=name_of)
+@pytest.mark.parametrize("path", [path for path in ARMS if path.parent.name == "imagenet"], ids=name_of)
 def test_a_config_of_large_data_is_understood(path, monkeypatch, capsys):
     assert settings(monkeypatch, capsys, path)["model"]["init_args"]["depth"] == 18
 

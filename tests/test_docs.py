@@ -78,7 +78,7 @@ def test_docstrings_reach_the_api_pages_as_markdown():
     )
     texts = [markdown(getattr(lightning_danns, name).__doc__ or "") for name in lightning_danns.__all__]
     assert re.findall(r"math::|:math:|^ *>(?!>>).*", "\n".join(texts), re.MULTILINE) == []
-    assert sum(text.count("$$") for text in texts) == 2 * 4  # two layers, columns and a schedule
+    assert sum(text.count("$$") for text in texts) == 2 * 5  # two layers, columns, batch normalisation and a schedule
 
 
 def test_a_formula_keeps_its_symbols():
@@ -86,3 +86,10 @@ def test_a_formula_keeps_its_symbols():
     mathml = runpy.run_path(str(ROOT / "docs" / "_build" / "hooks.py"))["mathml"]
     made = mathml(r"z_e = W_{ex}\, x &gt; 0", display=False)
     assert re.findall(r"<m[ion]>(?:&#x0*)?([^<;]+)", made) == ["z", "e", "3D", "W", "ex", "x", "3E", "0"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "RESULTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_of_the_repository_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text())
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (ROOT / page).parent.joinpath(target).exists()] == []
