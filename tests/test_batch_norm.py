@@ -85,7 +85,6 @@ def test_synchronised_statistics_keep_the_gains_under_the_principle():
     assert [name for name, _ in dale_layers(network)] == before == ["0", "1"]
     assert dict(network[1].nonnegative_parameters())["g"] is network[1].g
     torch.testing.assert_close(network(x), expected)  # in evaluation mode it runs on the CPU too
-
     assert network[1].norm.running_mean.shape == (6,)
 
 

@@ -104,13 +104,7 @@ def test_a_division_keeps_its_precision_in_a_backward_under_autocast():
     torch.manual_seed(0)
     layer = DANNConv2d(3, 6, 2, kernel_size=3, padding=1)
     x = torch.rand(4, 3, 8, 8, requires_grad=True)
-    inputs = [
-        x,
-        layer.Wex,
-        layer.alpha,
-        layer.g,
-        layer.b,
-    ]  # those of Wix and Wei go through a product of torch's as well
+    inputs = [x, layer.Wex, layer.alpha, layer.g, layer.b]  # gradients of Wix and Wei are those of a product of torch's
     dz = torch.randn(4, 6, 8, 8)
     expected, z = torch.autograd.grad(layer(x), inputs, dz), layer(x)
     with torch.autocast("cpu", torch.bfloat16):

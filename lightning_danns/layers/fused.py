@@ -3,7 +3,6 @@
 `DANN.components` computes the same by autograd; the tests compare both.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +26,6 @@ def transformed() -> bool:
         or torch._C._are_functorch_transforms_active()  # as torch.autograd.Function asks
         or forward_ad._current_level >= 0
     )
-
-
-def _by_autograd(equations: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any, ...], ctx: Any, dz: Tensor) -> Any:
-    """Gradients that can be differentiated again."""
-    needed = ctx.needs_input_grad
-    z, *_ = equations(*inputs)
-    wanted = [value for value, wants in zip(inputs, needed, strict=True) if wants]
-    gradients = iter(torch.autograd.grad(z, wanted, dz, create_graph=True))
-    return tuple(next(gradients) if wants else None for wants in needed)
 
 
 def _dense(
@@ -75,10 +65,13 @@ class DivisiveLinear(torch.autograd.Function):
         if in_half(dz):  # backward() under autocast, of a forward pass that was not
             with without_autocast(dz):
                 return DivisiveLinear.backward(ctx, dz)
-        if torch.is_grad_enabled():
-            return _by_autograd(_dense, (*ctx.saved_tensors[:7], ctx.eps), ctx, dz)
-        x, Wex, Wix, Wei, _, g, b, gain, z_i, gained, gamma, u = ctx.saved_tensors
         needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # gradients that can be differentiated again
+            inputs = (*ctx.saved_tensors[:7], ctx.eps)
+            wanted = [value for value, wants in zip(inputs, needed, strict=True) if wants]
+            gradients = iter(torch.autograd.grad(_dense(*inputs)[0], wanted, dz, create_graph=True))
+            return tuple(next(gradients) if wants else None for wants in needed)
+        x, Wex, Wix, Wei, _, g, b, gain, z_i, gained, gamma, u = ctx.saved_tensors
         w = dz * u
         dg, db = w.sum(0), None if b is None else dz.sum(0)
         r = g / gamma

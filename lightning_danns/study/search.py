@@ -37,7 +37,7 @@ def parse_axis(text: str) -> tuple[str, dict[str, Any]]:
             return key, {"choices": choices}
         low, high = (int(end) if kind == "int" else float(end) for end in rest.split(":"))
         least = 0 if kind == "log" else -math.inf
-        if not (key and kind in ("log", "uniform", "int") and least < low < high < math.inf):
+        if not (key and kind in ("log", "uniform", "int") and math.isfinite(high - low) and least < low < high):
             raise ValueError("the low end must be below the high end, and above 0 on a logarithmic scale")
         return key, {"low": low, "high": high} | ({} if kind == "int" else {"log": kind == "log"})
     except (TypeError, ValueError, yaml.YAMLError) as error:
@@ -74,11 +74,11 @@ class TrialReport(pl.Callback):
         self.outcome = "validated"
         if self.trial is None:
             return
+        if self.monitor not in metrics:
+            raise UsageError(f"no {self.monitor} is logged, but {', '.join(metrics) or 'nothing'}")
         losses = [value for name, value in metrics.items() if name == self.monitor or name.endswith("_loss")]
         if not all(map(math.isfinite, losses)):
             raise UsageError("it has diverged: a loss is no number")
-        if self.monitor not in metrics:
-            raise UsageError(f"there is no {self.monitor} among {', '.join(sorted(metrics))}")
         self.trial.report(metrics[self.monitor], trainer.current_epoch)
         if self.trial.should_prune():
             self.outcome, trainer.should_stop = "pruned", True
