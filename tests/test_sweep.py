@@ -56,7 +56,8 @@ def test_a_search_space_is_read_as_it_is_written(text, axis):
 @pytest.mark.parametrize(
     "text",
     ["lr", "lr=log", "lr=norm:0:1", "=log:1:2", "=choice:a,b", "lr=log:1:0.1", "lr=log:1:1", "lr=log:0:1", "lr=log:1",
-     "lr=log:a:b", "lr=uniform:0:inf", "lr=uniform:-1e308:1e308", "lr=uniform:nan:1", "n=int:1:2.5", "a=choice:b", "a=choice:b,b", "a=choice:[1"],
+     "lr=log:a:b", "lr=uniform:0:inf", "lr=uniform:-1e308:1e308", "lr=uniform:nan:1",
+     "n=int:1:2.5", "a=choice:b", "a=choice:b,b", "a=choice:[1"],
 )  # fmt: skip
 def test_a_search_space_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match="it must be KEY= and one of log:LOW:HIGH"):
