@@ -134,9 +134,9 @@ def first_over_second(eps):
     return first / second
 
 
-def test_where_balance_silences_a_layer_the_next_one_does_not_amplify_noise():
-    assert first_over_second(eps=None) < 3
-    assert first_over_second(eps=1e-8) > 1000
+@pytest.mark.parametrize("eps", [None, 1e-2, 1e-8])
+def test_where_balance_silences_a_layer_the_next_one_does_not_amplify_gradients(eps):
+    assert first_over_second(eps) < 3
 
 
 def test_balanced_layers_saturate_and_published_ones_do_not():

@@ -128,12 +128,15 @@ class ColumnEILinear(DaleModule):
             raise UsageError(
                 f"input of shape {tuple(x.shape)}: this layer takes {self.in_features} features in the last dimension"
             )
+        if self.balanced and self.ni:
+            return self.components(x).z
         return F.linear(x * self.sign, self.W, self.b)
 
     def components(self, x: Tensor) -> DANNComponents:
         """Drive from the excitatory inputs, the inhibitory inputs, and what they subtract, for analysis."""
         ne = self.in_features - self.ni
-        z_e, subtraction = F.linear(x[..., :ne], self.W[:, :ne]), F.linear(x[..., ne:], self.W[:, ne:])
+        inhibitory = self.in_balance() if self.balanced and self.ni else self.W[:, ne:]
+        z_e, subtraction = F.linear(x[..., :ne], self.W[:, :ne]), F.linear(x[..., ne:], inhibitory)
         z = z_e - subtraction
         return DANNComponents(z_e, x[..., ne:], subtraction, None, z if self.b is None else z + self.b)
 

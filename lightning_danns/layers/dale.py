@@ -64,6 +64,7 @@ class DaleModule(nn.Module):
     Methods:
         lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
         balance: both totals of each unit, of a layer that can be balanced.
+        in_balance: the weights that balance scales, for the forward pass of a balanced layer.
         standardise_: changes z of each unit to (z - mean) / std, of a layer that can (`standardise_`).
         components, net_weight: for analysis (`lightning_danns.analysis`), if the layer has such parts.
 
@@ -101,6 +102,22 @@ class DaleModule(nn.Module):
     def balance(self) -> Balance | None:
         """Total excitation and inhibition of each unit, and the weights that balance them; None if it has not both."""
         return None
+
+    def in_balance(self) -> Tensor:
+        """`Balance.scaled` with each row times S_i / I_i, at least in float32: what a balanced layer computes with.
+
+        After `project_` the ratio is 1 but for rounding. Its gradient is not 0: it takes from the gradients of a unit
+        what the next `project_` would undo. Without it they are not those of a balanced layer's loss, and can shrink
+        all of a unit's excitation to nothing.
+
+        Raises:
+            UsageError: the layer has no `balance`.
+        """
+        part = _totals(self)
+        if part is None:
+            raise UsageError(f"{type(self).__name__} has no balance(): nothing to bring into balance")
+        ratio = part.excitation / torch.where(part.inhibition > 0, part.inhibition, 1)  # no inhibition, nothing to scale
+        return ratio.view(-1, *[1] * (part.scaled.dim() - 1)) * part.scaled
 
     def standardise_(self, mean: Tensor, std: Tensor) -> None:
         """Change own parameters so that z of each unit becomes (z - mean) / std; a layer that cannot leaves them."""

@@ -52,7 +52,7 @@ class DANN(DaleModule):
     """What the dense and the convolutional layer share: parameters, initialisation, factors and the equations.
 
     A subclass computes z (`forward`) and, for `components`, says how weights act on the input (`_drive`), how
-    interneurons reach the excitatory units (`_inhibit`), how one value per unit broadcasts (`_per_unit`) and which
+    interneurons reach the excitatory units through given weights (`_inhibit`), how one value per unit broadcasts (`_per_unit`) and which
     inputs fit (`_refuse_misfit`).
     """
 
@@ -166,15 +166,15 @@ class DANN(DaleModule):
         self._refuse_misfit(x)
         z_e, z_i = self._drive(x, self.Wex), self._drive(x, self.Wix)
         eps, z_e, z_i = self._eps_for(z_e), at_least_float32(z_e), at_least_float32(z_i)
-        gamma = None
+        gamma, Wei = None, self._weights_onto_units()
         with without_autocast(x):
             if self.alpha is not None and self.g is not None:
                 # exp keeps the divisive gain positive, so alpha is never projected
                 gain = self._per_unit(self.alpha.exp())
-                subtraction, gamma = self._inhibit(z_i), self._inhibit(gain * z_i) + eps
+                subtraction, gamma = self._inhibit(Wei, z_i), self._inhibit(Wei, gain * z_i) + eps
                 z = self._per_unit(self.g) * (z_e - subtraction) / gamma
             else:
-                subtraction = self._inhibit(z_i)
+                subtraction = self._inhibit(Wei, z_i)
                 z = z_e - subtraction
             if self.b is not None:
                 z = z + self._per_unit(self.b)
@@ -182,8 +182,14 @@ class DANN(DaleModule):
 
     def net_weight(self) -> Tensor:
         """Wex - Wei Wix, in the shape of Wex."""
-        grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (self.Wei, self.Wix))
+        return self._net_weight(self._weights_onto_units())
+
+    def _net_weight(self, Wei: Tensor) -> Tensor:
+        grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (Wei, self.Wix.to(Wei)))
         return self.Wex - torch.bmm(*grouped).view(self.Wex.shape)
+
+    def _weights_onto_units(self) -> Tensor:
+        return self.in_balance() if self.balanced else self.Wei
 
     def _folded(self, x: Tensor) -> Tensor:
         """z, with what acts linearly on the input folded into the weights:
@@ -194,14 +200,15 @@ class DANN(DaleModule):
         drives. It costs Wei Wix once a batch: little where weights are applied many times, as in a convolution.
         """
         with without_autocast(x):
-            net, Wix = self.net_weight(), self.Wix  # type: Tensor, Tensor
+            Wei, Wix = self._weights_onto_units(), self.Wix  # type: Tensor, Tensor
+            net = self._net_weight(Wei)
             if self.alpha is not None and self.g is not None:
                 net, Wix = _scale_rows(net, self.g), _scale_rows(Wix, self.alpha.exp())
         z, z_i = self._drives(x, net, Wix) if self.divisive else (self._drive(x, net), None)
         eps, z = self._eps_for(z), at_least_float32(z)
         with without_autocast(x):
             if z_i is not None:
-                z = self._divide(z, at_least_float32(z_i), eps)
+                z = self._divide(z, at_least_float32(z_i), Wei, eps)
             if self.b is not None:
                 z = z + self._per_unit(self.b)
         return z.to(self.Wex.dtype)
@@ -219,13 +226,13 @@ class DANN(DaleModule):
         z_e, z_i = self._drive(x, torch.cat([Wex, Wix])).split([self.ne, self.ni], self.unit_dim)
         return z_e, z_i
 
-    def _divide(self, z_e: Tensor, z_i: Tensor, eps: float) -> Tensor:
-        return z_e / (self._inhibit(z_i) + eps)
+    def _divide(self, z_e: Tensor, z_i: Tensor, Wei: Tensor, eps: float) -> Tensor:
+        return z_e / (self._inhibit(Wei, z_i) + eps)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _inhibit(self, z_i: Tensor) -> Tensor:
+    def _inhibit(self, Wei: Tensor, z_i: Tensor) -> Tensor:
         raise NotImplementedError
 
     def _per_unit(self, values: Tensor) -> Tensor:

@@ -138,17 +138,17 @@ class DANNConv2d(DANN):
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
-    def _divide(self, z_e: Tensor, z_i: Tensor, eps: float) -> Tensor:
+    def _divide(self, z_e: Tensor, z_i: Tensor, Wei: Tensor, eps: float) -> Tensor:
         if self.groups > 1 or transformed():
-            return super()._divide(z_e, z_i, eps)
+            return super()._divide(z_e, z_i, Wei, eps)
         if z_e.dim() == 3:
-            return self._divide(z_e[None], z_i[None], eps)[0]
+            return self._divide(z_e[None], z_i[None], Wei, eps)[0]
         # z_i alone: a view would keep both drives for the backward pass
-        u: Tensor = Quotient.apply(z_e, z_i.clone(), at_least_float32(self.Wei), eps)
+        u: Tensor = Quotient.apply(z_e, z_i.clone(), at_least_float32(Wei), eps)
         return u if self.b is not None else u.clone()  # a nonlinearity in place must not change what is kept
 
-    def _inhibit(self, z_i: Tensor) -> Tensor:
-        return F.conv2d(z_i, at_least_float32(self.Wei)[:, :, None, None], groups=self.groups)
+    def _inhibit(self, Wei: Tensor, z_i: Tensor) -> Tensor:
+        return F.conv2d(z_i, at_least_float32(Wei)[:, :, None, None], groups=self.groups)
 
     def _per_unit(self, values: Tensor) -> Tensor:
         return values[:, None, None]

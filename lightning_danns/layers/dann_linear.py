@@ -109,14 +109,15 @@ class DANNLinear(DANN):
         if self.alpha is None or transformed():
             return self.components(x).z
         rows = x if x.dim() == 2 else x.reshape(-1, self.d)
-        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, self.Wei, self.alpha, self.g, self.b, self.eps)
+        Wei = self._weights_onto_units()
+        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, Wei, self.alpha, self.g, self.b, self.eps)
         return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
-    def _inhibit(self, z_i: Tensor) -> Tensor:
-        return F.linear(z_i, at_least_float32(self.Wei))
+    def _inhibit(self, Wei: Tensor, z_i: Tensor) -> Tensor:
+        return F.linear(z_i, at_least_float32(Wei))
 
     def _per_unit(self, values: Tensor) -> Tensor:
         return values
