@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_danns import ColumnEILinear, DaleModule, DANNConv2d, DANNLinear, project_
+from lightning_danns import ColumnEILinear, DaleModule, DANNConv2d, DANNLinear, UsageError, project_
 from lightning_danns.initialization import inhibition_groups_
 from lightning_danns.layers import Balance, imbalance, imbalances, sign_violations
 
@@ -113,6 +113,71 @@ def test_a_uniform_input_is_cancelled_exactly_in_every_unit(kind, value):
     b = torch.zeros(()) if layer.b is None else layer.b.view(-1, *[1] * (-1 - layer.unit_dim))
     z = layer(uniform_input(layer, value))
     torch.testing.assert_close(z, b.expand_as(z).double(), rtol=0, atol=1e-10 * max(1, value))
+
+
+def loss_in_balance(layer, x, name, change):
+    """Loss of a copy of ``layer`` whose parameter ``name`` is changed, after a projection."""
+    moved = copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(moved, name).add_(change)
+    project_(moved)
+    return moved(x).square().mean().item()
+
+
+def test_gradients_are_those_of_the_loss_after_the_next_projection(kind):
+    layer = make(kind, **float64)
+    x = torch.rand_like(uniform_input(layer).expand(3, *uniform_input(layer).shape[1:]))
+    layer(x).square().mean().backward()
+    for name, parameter in layer.named_parameters():
+        change = 1e-6 * torch.randn_like(parameter) * parameter.abs().clamp(max=1)  # too little to clamp
+        ends = [loss_in_balance(layer, x, name, sign * change) for sign in (1, -1)]
+        assert (ends[0] - ends[1]) / 2 == pytest.approx(float((parameter.grad * change).sum()), rel=1e-5, abs=1e-15)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_what_is_computed_is_in_balance_whatever_the_weights_are(kind, half):
+    layer = make(kind, **float64)
+    with torch.no_grad():
+        for name in layer.balancing:
+            getattr(layer, name).mul_(1.5)
+    x = torch.rand_like(uniform_input(layer))
+    moved = copy.deepcopy(layer)
+    project_(moved)
+    torch.testing.assert_close(layer(x), moved(x))
+    rounded = copy.deepcopy(layer).to(half)  # its rounded weights are not in balance, what it computes is
+    assert float(rounded(torch.ones_like(x, dtype=half)).detach().abs().max()) < 0.05
+    with pytest.raises(UsageError, match="Silent has no balance"):
+        Silent().in_balance()
+
+
+class Silent(DaleModule):
+    pass
+
+
+@pytest.mark.parametrize("inputs", ["pixels", "rectified"])
+def test_standardised_units_never_lose_their_excitation_to_a_gradient(inputs):
+    """Behind a standardisation a unit does not depend on the size of its rows: no gradient may point along them."""
+    torch.manual_seed(0)
+    layer = DANNLinear(12, 7, 2, divisive=False, bias=False, balanced=True, inputs=inputs, **float64)
+    x = torch.rand(50, 12, dtype=torch.float64)
+    u = layer(x)
+    ((u / u.std(0) - torch.randn(7, dtype=torch.float64)) * torch.randn_like(u)).mean().backward()
+    along = (layer.Wex.grad * layer.Wex).sum(1)
+    size = layer.Wex.grad.norm(dim=1) * layer.Wex.norm(dim=1)
+    assert float((along / size).abs().max()) < 1e-12
+
+
+def test_a_unit_that_lost_all_its_excitation_is_silent_and_comes_back(kind):
+    layer = make(kind, **float64)
+    excitation = layer.W if kind == "columns" else layer.Wex
+    with torch.no_grad():
+        excitation[0] *= 0 if kind != "columns" else (layer.sign < 0)
+    project_(layer)
+    x = torch.rand_like(uniform_input(layer))
+    z = layer(x).movedim(layer.unit_dim, 0)[0]
+    torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=1e-10)
+    z.sum().backward()
+    assert bool((excitation.grad[0] != 0).any())
 
 
 def test_balanced_layers_are_made_and_projected_without_storage(kind):

@@ -15,6 +15,8 @@ LAYERS = {
     "linear": lambda **options: DANNLinear(6, 5, 2, **options),
     "conv": lambda **options: DANNConv2d(4, 6, 2, 3, padding=1, **options),
     "groups": lambda **options: DANNConv2d(4, 6, 2, 3, padding=1, groups=2, **options),
+    "balanced linear": lambda **options: DANNLinear(6, 5, 2, balanced=True, **options),
+    "balanced conv": lambda **options: DANNConv2d(4, 6, 2, 3, padding=1, balanced=True, **options),
 }
 
 
@@ -24,7 +26,14 @@ def case(kind, dtype=torch.float64, **options):
     layer = LAYERS[kind](dtype=dtype, **options)
     for parameter in layer.parameters():
         parameter.data += 0.1 * torch.rand_like(parameter)
-    return layer, torch.rand((3, 6) if kind == "linear" else (3, 4, 5, 5), dtype=dtype) + 0.1
+    return layer, torch.rand((3, 6) if kind.endswith("linear") else (3, 4, 5, 5), dtype=dtype) + 0.1
+
+
+def out_of_balance(layer):
+    """The layer without balance: gradients along the balance are differences of gradients of its size."""
+    twin = copy.copy(layer)  # with the same parameters
+    twin.balanced = False
+    return twin
 
 
 @pytest.fixture(params=LAYERS)
@@ -96,8 +105,10 @@ def test_backward_under_autocast_of_a_forward_pass_without_it(kind):
     z = layer(x).sum()
     with torch.autocast("cpu", torch.bfloat16):
         gradients = torch.autograd.grad(z, list(layer.parameters()))
-    for value, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=0, atol=0.03 * float(wanted.abs().max()))
+    minuends = torch.autograd.grad(out_of_balance(layer)(x).sum(), list(layer.parameters()))
+    for value, wanted, minuend in zip(gradients, expected, minuends, strict=True):
+        largest = max(float(values.abs().max()) for values in (wanted, minuend))
+        torch.testing.assert_close(value, wanted, rtol=0, atol=0.03 * largest)
 
 
 def test_a_division_keeps_its_precision_in_a_backward_under_autocast():
@@ -202,7 +213,7 @@ def test_extremes_are_finite_and_equal_float64(kind, extreme, drives):
     x.clamp_(max=torch.finfo(drives).max / 1000)
     exact = copy.deepcopy(layer).double()
     results = []
-    for version, dtype in ((layer, torch.float32), (exact, torch.float64)):
+    for version, dtype in ((layer, torch.float32), (exact, torch.float64), (out_of_balance(exact), torch.float64)):
         leaf = x.to(dtype).requires_grad_()
         with torch.autocast("cpu", dtype=drives, enabled=version is layer and drives != torch.float32):
             z = version(leaf)
@@ -210,11 +221,11 @@ def test_extremes_are_finite_and_equal_float64(kind, extreme, drives):
         gradients = torch.autograd.grad((z / (1 + z.detach().abs().max())).mean(), [leaf, *version.parameters()])
         results.append([z, *gradients])
     own_eps = drives == torch.float16 and float(exact.components(x.double()).gamma.min()) < 1e-3
-    for value, expected in zip(*results, strict=True):
+    for value, expected, minuend in zip(*results, strict=True):
         assert torch.isfinite(value).all()
         if not own_eps:  # eps is 6e-5 there, 1e-8 here
             info = torch.finfo(drives)
-            atol = info.eps * (
-                8 * float(expected.abs().max()) + 16 * info.tiny
-            )  # tiny eps: the smallest number; sums over pixels
+            largest = max(float(values.abs().max()) for values in (expected, minuend))
+            roundings = 32 if layer.balanced else 8
+            atol = info.eps * (roundings * largest + 16 * info.tiny)  # tiny eps: the smallest number; sums over pixels
             torch.testing.assert_close(value.double(), expected, rtol=0, atol=atol)

@@ -135,7 +135,7 @@ class ColumnEILinear(DaleModule):
     def components(self, x: Tensor) -> DANNComponents:
         """Drive from the excitatory inputs, the inhibitory inputs, and what they subtract, for analysis."""
         ne = self.in_features - self.ni
-        inhibitory = self.in_balance() if self.balanced and self.ni else self.W[:, ne:]
+        inhibitory = self.in_balance().to(self.W.dtype) if self.balanced and self.ni else self.W[:, ne:]
         z_e, subtraction = F.linear(x[..., :ne], self.W[:, :ne]), F.linear(x[..., ne:], inhibitory)
         z = z_e - subtraction
         return DANNComponents(z_e, x[..., ne:], subtraction, None, z if self.b is None else z + self.b)

@@ -116,7 +116,7 @@ class DaleModule(nn.Module):
         part = _totals(self)
         if part is None:
             raise UsageError(f"{type(self).__name__} has no balance(): nothing to bring into balance")
-        ratio = part.excitation / torch.where(part.inhibition > 0, part.inhibition, 1)  # no inhibition, nothing to scale
+        ratio = part.excitation / scalable(part.inhibition)
         return ratio.view(-1, *[1] * (part.scaled.dim() - 1)) * part.scaled
 
     def standardise_(self, mean: Tensor, std: Tensor) -> None:
@@ -236,6 +236,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def _ratio(excitation: Tensor, inhibition: Tensor) -> Tensor:
     ratio = excitation / inhibition
     return torch.where(ratio > 0, ratio, 1).nan_to_num_(posinf=1)
+
+
+def scalable(inhibition: Tensor) -> Tensor:
+    """Total inhibition as a divisor: where there is none, nothing can be scaled, nor come back to it as a gradient."""
+    return inhibition.masked_fill(inhibition <= 0, math.inf)
 
 
 @torch.no_grad()

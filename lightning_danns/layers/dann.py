@@ -52,8 +52,8 @@ class DANN(DaleModule):
     """What the dense and the convolutional layer share: parameters, initialisation, factors and the equations.
 
     A subclass computes z (`forward`) and, for `components`, says how weights act on the input (`_drive`), how
-    interneurons reach the excitatory units through given weights (`_inhibit`), how one value per unit broadcasts (`_per_unit`) and which
-    inputs fit (`_refuse_misfit`).
+    interneurons reach the excitatory units through given weights (`_inhibit`), how one value per unit broadcasts
+    (`_per_unit`) and which inputs fit (`_refuse_misfit`).
     """
 
     nonnegative = ("Wex", "Wix", "Wei", "g")
@@ -186,7 +186,7 @@ class DANN(DaleModule):
 
     def _net_weight(self, Wei: Tensor) -> Tensor:
         grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (Wei, self.Wix.to(Wei)))
-        return self.Wex - torch.bmm(*grouped).view(self.Wex.shape)
+        return (self.Wex - torch.bmm(*grouped).view(self.Wex.shape)).to(self.Wex.dtype)
 
     def _weights_onto_units(self) -> Tensor:
         return self.in_balance() if self.balanced else self.Wei

@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inhibition, Inputs
 from lightning_danns.layers.dann import DANN, at_least_float32
-from lightning_danns.layers.fused import DivisiveLinear, in_half, transformed
+from lightning_danns.layers.fused import DivisiveLinear, drives_in_balance, in_half, transformed
 
 
 class DANNLinear(DANN):
@@ -106,11 +106,17 @@ class DANNLinear(DANN):
         self._refuse_misfit(x)
         if in_half(x):
             return self._folded(x)
-        if self.alpha is None or transformed():
+        within = self.balanced and x.is_cpu  # elsewhere, products may round totals (TF32)
+        if transformed() or (self.alpha is None and not within):
             return self.components(x).z
         rows = x if x.dim() == 2 else x.reshape(-1, self.d)
-        Wei = self._weights_onto_units()
-        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, Wei, self.alpha, self.g, self.b, self.eps)
+        if self.alpha is None:
+            z_e, z_i, Wei, *_ = drives_in_balance(rows, self.Wex, self.Wix, self.Wei)
+            z = torch.addmm(z_e, z_i, Wei.t(), alpha=-1)
+            z = z if self.b is None else z + self.b
+            return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
+        Wei = self.Wei if within else self._weights_onto_units()
+        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, Wei, self.alpha, self.g, self.b, self.eps, within)
         return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lightning_danns.layers.dale import autocasts, without_autocast
+from lightning_danns.layers.dale import autocasts, scalable, without_autocast
 
 
 def in_half(x: Tensor) -> bool:
@@ -28,16 +28,40 @@ def transformed() -> bool:
     )
 
 
+def drives_in_balance(x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor) -> tuple[Tensor, ...]:
+    """z_e, z_i, and Wei S / I; then what the gradients need: x and an input of ones, S / I, I, and Wix 1.
+
+    Both totals are answers to ones, and cost less as one more sample than as sums, in both passes.
+    """
+    x = F.pad(x, (0, 0, 0, 1), value=1.0)
+    z_e, z_i = F.linear(x, Wex), F.linear(x, Wix)
+    of_ones = z_i[-1]
+    inhibition = scalable(torch.mv(Wei, of_ones))
+    ratio = z_e[-1] / inhibition
+    return z_e[:-1], z_i[:-1], ratio[:, None] * Wei, x, ratio, inhibition, of_ones
+
+
 def _dense(
-    x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor, alpha: Tensor, g: Tensor, b: Tensor | None, eps: float
+    x: Tensor,
+    Wex: Tensor,
+    Wix: Tensor,
+    Wei: Tensor,
+    alpha: Tensor,
+    g: Tensor,
+    b: Tensor | None,
+    eps: float,
+    balanced: bool,
 ) -> tuple[Tensor, ...]:
-    """z, and what its gradients need: gain, z_i, gain z_i, gamma and u."""
-    gain = alpha.exp()
-    z_i = F.linear(x, Wix)  # (batch, ni)
+    """z, and what its gradients need: x, Wei, gain, z_i, gain z_i, gamma and u; if balanced, S / I, I and Wix 1."""
+    gain, balancing = alpha.exp(), []  # type: Tensor, list[Tensor]
+    if balanced:
+        z_e, z_i, Wei, x, *balancing = drives_in_balance(x, Wex, Wix, Wei)
+    else:
+        z_e, z_i = F.linear(x, Wex), F.linear(x, Wix)  # (batch, ne), (batch, ni)
     gained = gain * z_i
     gamma = F.linear(gained, Wei).add_(eps)  # (batch, ne)
-    u = F.linear(x, Wex).addmm_(z_i, Wei.t(), alpha=-1).div_(gamma)
-    return g * u if b is None else torch.addcmul(b, g, u), gain, z_i, gained, gamma, u
+    u = torch.addmm(z_e, z_i, Wei.t(), alpha=-1).div_(gamma)
+    return g * u if b is None else torch.addcmul(b, g, u), x, Wei, gain, z_i, gained, gamma, u, *balancing
 
 
 class DivisiveLinear(torch.autograd.Function):
@@ -51,13 +75,19 @@ class DivisiveLinear(torch.autograd.Function):
     dWei    = -dz_e z_i' + dgamma (gain * z_i)'
     dalpha  = sum of (gain * z_i) * Wei' dgamma
     dg, db  = sums of dz u and of dz
+
+    The last argument says whether Wei is first scaled by S / I: then, with its gradient dWei and 1 an input of ones,
+
+    dS      = sum of dWei * Wei / I                    goes back as dz_e of that input
+    dI      = -dS S / I                                and Wei' dI as its dz_i
+    dWei    <- dWei S / I + dI (Wix 1)'
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         z, *kept = _dense(*inputs)
-        ctx.save_for_backward(*inputs[:-1], *kept)
-        ctx.eps = inputs[-1]
+        ctx.save_for_backward(*inputs[:7], *kept)
+        ctx.options = inputs[7:]
         return z
 
     @staticmethod
@@ -67,11 +97,11 @@ class DivisiveLinear(torch.autograd.Function):
                 return DivisiveLinear.backward(ctx, dz)
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # gradients that can be differentiated again
-            inputs = (*ctx.saved_tensors[:7], ctx.eps)
+            inputs = (*ctx.saved_tensors[:7], *ctx.options)
             wanted = [value for value, wants in zip(inputs, needed, strict=True) if wants]
             gradients = iter(torch.autograd.grad(_dense(*inputs)[0], wanted, dz, create_graph=True))
             return tuple(next(gradients) if wants else None for wants in needed)
-        x, Wex, Wix, Wei, _, g, b, gain, z_i, gained, gamma, u = ctx.saved_tensors
+        _, Wex, Wix, own_Wei, _, g, b, x, Wei, gain, z_i, gained, gamma, u, *balancing = ctx.saved_tensors
         w = dz * u
         dg, db = w.sum(0), None if b is None else dz.sum(0)
         r = g / gamma
@@ -81,10 +111,16 @@ class DivisiveLinear(torch.autograd.Function):
         dalpha = (divided * gained).sum(0).neg_()
         dz_i = divided.mul_(gain).addmm_(dv, Wei, beta=-1, alpha=-1)
         dWei = torch.mm(w.t(), gained).addmm_(dv.t(), z_i, beta=-1, alpha=-1)
+        dx = torch.mm(dv, Wex).addmm_(dz_i, Wix) if needed[0] else None
+        if balancing:
+            ratio, inhibition, of_ones = balancing
+            dS = (dWei * own_Wei).sum(1).div_(inhibition)
+            dI = -dS * ratio
+            dWei.mul_(ratio[:, None]).addr_(dI, of_ones)
+            dv, dz_i = torch.cat([dv, dS[None]]), torch.cat([dz_i, torch.mv(own_Wei.t(), dI)[None]])
         dWex = torch.mm(dv.t(), x) if needed[1] else None
         dWix = torch.mm(dz_i.t(), x) if needed[2] else None
-        dx = torch.mm(dv, Wex).addmm_(dz_i, Wix) if needed[0] else None
-        return dx, dWex, dWix, dWei, dalpha, dg, db, None
+        return dx, dWex, dWix, dWei, dalpha, dg, db, None, None
 
 
 class Quotient(torch.autograd.Function):
