@@ -49,12 +49,36 @@ class ForwardLinear(BalancedForward, DANNLinear):
     pass
 
 
+class BalancedAfter:
+    """Balance after each step alone: gradients are those of Wei as it is, and point where the next balance undoes them."""
+
+    def in_balance(self: Any) -> Tensor:
+        return self.Wei
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.components(x).z
+
+
+class AfterConv2d(BalancedAfter, DANNConv2d):
+    pass
+
+
+class AfterLinear(BalancedAfter, DANNLinear):
+    pass
+
+
 class ForwardFamily(DANNFamily):
+    Linear, Conv2d = ForwardLinear, ForwardConv2d  # type: Any, Any
+
     def dense(self, d: int, n: int, ni: int, **where: bool) -> list[nn.Module]:
-        return [ForwardLinear(d, n, ni, **vars(self))]
+        return [self.Linear(d, n, ni, **vars(self))]
 
     def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-        return [ForwardConv2d(c, n, ni, kernel, stride, padding=kernel // 2, **vars(self))]
+        return [self.Conv2d(c, n, ni, kernel, stride, padding=kernel // 2, **vars(self))]
+
+
+class AfterFamily(ForwardFamily):
+    Linear, Conv2d = AfterLinear, AfterConv2d
 
 
 def centre_gradients_(net: nn.Module) -> None:
@@ -92,6 +116,7 @@ VARIANTS: dict[str, tuple[Any, str, Callable[[nn.Module], None], bool]] = {
     "rows of Wex scaled": (DANNFamily(inhibition="groups"), "fisher", nothing, True),
     "centred gradients": (DANNFamily(inhibition="groups"), "fisher", centre_gradients_, False),
     "balanced in the forward pass": (ForwardFamily(inhibition="groups"), "fisher", nothing, False),
+    "balanced after the step alone": (AfterFamily(balanced=True), "fisher", nothing, False),
     "balanced, eps 1e-8": (DANNFamily(balanced=True, eps=1e-8), "fisher", nothing, False),
     "balanced": (DANNFamily(balanced=True), "fisher", nothing, False),
     "balanced, rows of Wex scaled": (DANNFamily(balanced=True), "fisher", nothing, True),

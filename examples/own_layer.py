@@ -53,7 +53,7 @@ class FeedbackInhibition(DaleModule):
     def components(self, x: Tensor) -> DANNComponents:
         z_e = x @ self.Wex.T  # (*, ne)
         z_i = z_e @ self.Wie.T  # (*, ni)
-        subtraction = z_i @ self.Wei.T  # (*, ne)
+        subtraction = z_i @ self.in_balance().T  # (*, ne); Wei in balance, so that gradients are those along it
         return DANNComponents(z_e, z_i, subtraction, None, z_e - subtraction + self.b)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Balance(NamedTuple):
     Attributes:
         excitation: (units,), S_i, the sum of the excitatory weights onto each unit.
         inhibition: (units,), I_i, what inhibition removes from each unit when every input is 1; linear in ``scaled``.
-        scaled: (units, ...), a parameter or a view of one, whose rows are scaled by S_i / I_i.
+        scaled: (units, ...), a parameter or a view of one, whose rows are scaled by S_i / I_i; the forward pass takes
+            them from `DaleModule.in_balance`.
     """
 
     excitation: Tensor
@@ -106,9 +107,9 @@ class DaleModule(nn.Module):
     def in_balance(self) -> Tensor:
         """`Balance.scaled` with each row times S_i / I_i, at least in float32: what a balanced layer computes with.
 
-        After `project_` the ratio is 1 but for rounding. Its gradient is not 0: it takes from the gradients of a unit
-        what the next `project_` would undo. Without it they are not those of a balanced layer's loss, and can shrink
-        all of a unit's excitation to nothing.
+        After `project_` the ratio is 1 but for rounding. Its gradient is not 0: with it, all gradients are those of the
+        loss after the next `project_`. Without it they point where that undoes them, and can shrink all of a unit's
+        excitation to nothing.
 
         Raises:
             UsageError: the layer has no `balance`.
