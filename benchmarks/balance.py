@@ -50,7 +50,7 @@ class ForwardLinear(BalancedForward, DANNLinear):
 
 
 class BalancedAfter:
-    """Balance after each step alone: gradients are those of Wei as it is, and point where the next balance undoes them."""
+    """Balance after each step alone: gradients are those of Wei as it is, which the next balance partly undoes."""
 
     def in_balance(self: Any) -> Tensor:
         return self.Wei
