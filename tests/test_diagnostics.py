@@ -178,6 +178,18 @@ def test_imbalance_is_the_mean_over_units_of_excitation_less_inhibition_over_exc
     assert weight_diagnostics(ordinary)["imbalance"] == pytest.approx((1 / 3 + 0) / 2)
 
 
+@pytest.mark.parametrize("balanced", [False, True])
+def test_units_that_lost_their_excitation_are_counted(balanced):
+    layer = DANNConv2d(4, 8, 2, 3, balanced=balanced)
+    assert weight_diagnostics(layer)["lost_units"] == 0
+    layer.Wex.data[1] = 0
+    layer.Wex.data[2] *= 1e-6
+    layer.Wex.data[3] *= 0.01
+    assert weight_diagnostics(layer)["lost_units"] == 2 / 8
+    layer.Wex.data.zero_()
+    assert weight_diagnostics(layer)["lost_units"] == 1
+
+
 def test_an_ordinary_layer_with_centred_rows_is_looked_at_and_balanced():
     layer = StandardFamily("centred").dense(6, 4, 1, first=False, last=False)[0]
     ((name, found),) = inspectable_layers(nn.Sequential(layer))
@@ -374,7 +386,7 @@ def test_each_epoch_has_a_row_in_the_log_that_one_can_turn_on_from_the_command_l
     quantities = {name.partition("/")[2] for name in rows[0] if name.startswith("network.1/")}
     assert quantities == {
         *("ei_ratio", "z_mean", "z_std", "centring_error", "scaling_error", "dead_units", "dead_interneurons"),
-        *("constant_share", "imbalance"),
+        *("constant_share", "imbalance", "lost_units"),
         *("zeros_Wex", "zeros_Wix", "zeros_Wei", "zeros_g", "effective_rank", "spectral_entropy"),
         "projection_cosine",
     }

@@ -29,6 +29,8 @@ LayerNorm, before its gain and bias, has z_mean = 0, z_std = 1 and both errors 0
     imbalance           mean over u of |S_u - I_u| / S_u, total excitation    >= 0      0.03 | 0.04
                         and inhibition (`layers.imbalance`); of an ordinary
                         layer, sums of its positive and negative weights
+    lost_units          share of units with S_u below 1/1000 of the layer's   0 to 1    0 | 0
+                        median: without excitation, whatever the input
     effective_rank      exp(H) (Roy & Vetterli, EUSIPCO 2007)                 1 to q    448 | 400 to 401
     spectral_entropy    H / log q, q = min(units, inputs per unit)            0 to 1    0.98 | 0.96
 
@@ -46,7 +48,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_danns.layers.dale import DaleModule, DANNComponents, imbalance, total, whole
+from lightning_danns.layers.dale import DaleModule, DANNComponents, imbalance, total, totals, whole
 from lightning_danns.layers.dann import at_least_float32, without_autocast
 
 ORDINARY = (nn.Linear, nn.Conv2d)
@@ -163,6 +165,9 @@ def weight_diagnostics(layer: nn.Module) -> dict[str, float]:
         for name, parameter in layer.nonnegative_parameters():
             values[f"zeros_{name}"] = float((whole(parameter) == 0).float().mean())
         net, of_units = layer.net_weight(), imbalance(layer)
+        if (part := totals(layer)) is not None:
+            excitation = whole(part.excitation)
+            values["lost_units"] = float((excitation <= excitation.median() / 1000).float().mean())
     else:
         weight: Tensor = layer.weight  # type: ignore[assignment]
         net, of_units = weight, _imbalance_of_ordinary(whole(weight))

@@ -114,7 +114,7 @@ class DaleModule(nn.Module):
         Raises:
             UsageError: the layer has no `balance`.
         """
-        part = _totals(self)
+        part = totals(self)
         if part is None:
             raise UsageError(f"{type(self).__name__} has no balance(): nothing to bring into balance")
         ratio = part.excitation / scalable(part.inhibition)
@@ -188,7 +188,7 @@ def project_(model: nn.Module) -> None:
             for weight, low in zip(signed, lowest, strict=True):
                 weight.clamp_(min=low)
         if layer.balanced:
-            parts.append(_totals(layer))  # now, while a processor has its weights in the cache
+            parts.append(totals(layer))  # now, while a processor has its weights in the cache
     _scale_([part for part in parts if part is not None])
 
 
@@ -198,7 +198,7 @@ def balance_(layer: DaleModule) -> None:
 
     A unit without excitation, and one whose totals are not finite, keeps its weights.
     """
-    part = _totals(layer)
+    part = totals(layer)
     _scale_([] if part is None else [part])
 
 
@@ -215,7 +215,8 @@ def _scale_(parts: Sequence[Balance]) -> None:
         part.scaled.mul_(ratio.view(-1, *[1] * (part.scaled.dim() - 1)))
 
 
-def _totals(layer: DaleModule) -> Balance | None:
+def totals(layer: DaleModule) -> Balance | None:
+    """`DaleModule.balance`, also under autocast as exact as without."""
     parameter = next(layer.parameters(recurse=False), None)
     if parameter is None or not autocasts(parameter):
         return layer.balance()
@@ -247,7 +248,7 @@ def scalable(inhibition: Tensor) -> Tensor:
 @torch.no_grad()
 def imbalance(layer: DaleModule) -> Tensor | None:
     """Of each unit, |S - I| / S, total excitation against total inhibition; 0 where S = 0, None without both."""
-    part = _totals(layer)
+    part = totals(layer)
     if part is None:
         return None
     excitation, inhibition = whole(part.excitation), whole(part.inhibition)
