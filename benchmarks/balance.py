@@ -35,8 +35,8 @@ class BalancedForward:
     def forward(self: Any, x: Tensor) -> Tensor:
         totals = self.balance()
         z_i = self._drive(x, self.Wix)
-        subtraction = self._per_unit(totals.excitation / totals.inhibition) * self._inhibit(z_i)
-        gamma = self._inhibit(self._per_unit(self.alpha.exp()) * z_i) + self.eps
+        subtraction = self._per_unit(totals.excitation / totals.inhibition) * self._inhibit(self.Wei, z_i)
+        gamma = self._inhibit(self.Wei, self._per_unit(self.alpha.exp()) * z_i) + self.eps
         drive = self._drive(x, self.Wex) - subtraction
         return self._per_unit(self.g) * drive / gamma + self._per_unit(self.b)
 
@@ -54,9 +54,6 @@ class BalancedAfter:
 
     def in_balance(self: Any) -> Tensor:
         return self.Wei
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.components(x).z
 
 
 class AfterConv2d(BalancedAfter, DANNConv2d):

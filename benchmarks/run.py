@@ -120,7 +120,7 @@ def conv(repeats: int) -> list[Row]:
 
 
 def projection(repeats: int) -> list[Row]:
-    """Training step without the projection, with the clamp alone, and with clamp and balance; batch 32."""
+    """Training step as published and balanced, without and with the projection; batch 32."""
 
     def dense_net(balanced: bool) -> nn.Module:
         return mlp(MNIST, HIDDEN, CLASSES, DANNFamily(balanced=balanced))
@@ -135,9 +135,10 @@ def projection(repeats: int) -> list[Row]:
     rows = []
     for name, (net, inputs, targets) in cases.items():
         steps = {
-            "none": training_step(net(True), inputs, targets, lambda network: None),
-            "clamp": training_step(net(False), inputs, targets),
-            "clamp and balance": training_step(net(True), inputs, targets),
+            "as published, no projection": training_step(net(False), inputs, targets, lambda network: None),
+            "as published": training_step(net(False), inputs, targets),
+            "balanced, no projection": training_step(net(True), inputs, targets, lambda network: None),
+            "balanced": training_step(net(True), inputs, targets),
         }
         rows += [{"network": name, **row} for row in in_turns(steps, repeats)]
     return rows

@@ -128,20 +128,21 @@ class ColumnEILinear(DaleModule):
             raise UsageError(
                 f"input of shape {tuple(x.shape)}: this layer takes {self.in_features} features in the last dimension"
             )
-        if self.balanced and self.ni:
-            return self.components(x).z
+        if self.balanced:
+            return F.linear(x, self.net_weight(), self.b)
         return F.linear(x * self.sign, self.W, self.b)
 
     def components(self, x: Tensor) -> DANNComponents:
         """Drive from the excitatory inputs, the inhibitory inputs, and what they subtract, for analysis."""
-        ne = self.in_features - self.ni
-        inhibitory = self.in_balance().to(self.W.dtype) if self.balanced and self.ni else self.W[:, ne:]
-        z_e, subtraction = F.linear(x[..., :ne], self.W[:, :ne]), F.linear(x[..., ne:], inhibitory)
+        ne, net = self.in_features - self.ni, self.net_weight()
+        z_e, subtraction = F.linear(x[..., :ne], net[:, :ne]), F.linear(x[..., ne:], -net[:, ne:])
         z = z_e - subtraction
         return DANNComponents(z_e, x[..., ne:], subtraction, None, z if self.b is None else z + self.b)
 
     def net_weight(self) -> Tensor:
-        """W D."""
+        """W D, its inhibitory part in balance if it is to be."""
+        if self.balanced and self.ni:
+            return torch.cat([self.W[:, : -self.ni], -self.in_balance().to(self.W.dtype)], 1)
         return self.W * self.sign
 
     def extra_repr(self) -> str:

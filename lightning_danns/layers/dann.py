@@ -133,10 +133,8 @@ class DANN(DaleModule):
     def balance(self) -> Balance:
         """S_i = sum_j Wex_ij and I_i = sum_k Wei_ik sum_j Wix_kj, which a row of Wei scales."""
         Wix, Wei = total(self.Wix), at_least_float32(self.Wei)  # (ni,), (ne, ni / groups)
-        if self.groups == 1:
-            inhibition = torch.mv(Wei, Wix)
-        else:  # not a batched product, which GPUs may round (TF32)
-            inhibition = (Wei.view(self.groups, -1, Wei.shape[1]) * Wix.view(self.groups, 1, -1)).sum(-1).flatten()
+        # not a matrix product, which processors may round (TF32, bfloat16)
+        inhibition = (Wei.view(self.groups, -1, Wei.shape[1]) * Wix.view(self.groups, 1, -1)).sum(-1).flatten()
         return Balance(total(self.Wex), inhibition, self.Wei)
 
     @torch.no_grad()

@@ -106,7 +106,9 @@ class DANNLinear(DANN):
         self._refuse_misfit(x)
         if in_half(x):
             return self._folded(x)
-        within = self.balanced and x.is_cpu  # elsewhere, products may round totals (TF32)
+        # the totals come with the drives where products do not round them (TF32), and if a subclass has no other ones
+        own = type(self).balance is DANN.balance and type(self).in_balance is DANN.in_balance
+        within = self.balanced and own and x.is_cpu
         if transformed() or (self.alpha is None and not within):
             return self.components(x).z
         rows = x if x.dim() == 2 else x.reshape(-1, self.d)
@@ -114,9 +116,9 @@ class DANNLinear(DANN):
             z_e, z_i, Wei, *_ = drives_in_balance(rows, self.Wex, self.Wix, self.Wei)
             z = torch.addmm(z_e, z_i, Wei.t(), alpha=-1)
             z = z if self.b is None else z + self.b
-            return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
-        Wei = self.Wei if within else self._weights_onto_units()
-        z = DivisiveLinear.apply(rows, self.Wex, self.Wix, Wei, self.alpha, self.g, self.b, self.eps, within)
+        else:
+            Wei = self.Wei if within else self._weights_onto_units()
+            z = DivisiveLinear.apply(rows, self.Wex, self.Wix, Wei, self.alpha, self.g, self.b, self.eps, within)
         return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
 
     def _drive(self, x: Tensor, weight: Tensor) -> Tensor:

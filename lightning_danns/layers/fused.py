@@ -29,16 +29,20 @@ def transformed() -> bool:
 
 
 def drives_in_balance(x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor) -> tuple[Tensor, ...]:
-    """z_e, z_i, and Wei S / I; then what the gradients need: x and an input of ones, S / I, I, and Wix 1.
+    """z_e, z_i, and Wei S / I; then what the gradients need: S / I, I, and Wix 1.
 
     Both totals are answers to ones, and cost less as one more sample than as sums, in both passes.
     """
-    x = F.pad(x, (0, 0, 0, 1), value=1.0)
+    x = _and_ones(x)
     z_e, z_i = F.linear(x, Wex), F.linear(x, Wix)
     of_ones = z_i[-1]
     inhibition = scalable(torch.mv(Wei, of_ones))
-    ratio = z_e[-1] / inhibition
-    return z_e[:-1], z_i[:-1], ratio[:, None] * Wei, x, ratio, inhibition, of_ones
+    ratio = z_e[-1].clone() / inhibition  # a view would keep z_e for the backward pass
+    return z_e[:-1], z_i[:-1], ratio[:, None] * Wei, ratio, inhibition, of_ones
+
+
+def _and_ones(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, 1), value=1.0)
 
 
 def _dense(
@@ -52,16 +56,16 @@ def _dense(
     eps: float,
     balanced: bool,
 ) -> tuple[Tensor, ...]:
-    """z, and what its gradients need: x, Wei, gain, z_i, gain z_i, gamma and u; if balanced, S / I, I and Wix 1."""
+    """z, and what its gradients need: Wei, gain, z_i, gain z_i, gamma and u; if balanced, S / I, I and Wix 1."""
     gain, balancing = alpha.exp(), []  # type: Tensor, list[Tensor]
     if balanced:
-        z_e, z_i, Wei, x, *balancing = drives_in_balance(x, Wex, Wix, Wei)
+        z_e, z_i, Wei, *balancing = drives_in_balance(x, Wex, Wix, Wei)
     else:
         z_e, z_i = F.linear(x, Wex), F.linear(x, Wix)  # (batch, ne), (batch, ni)
     gained = gain * z_i
     gamma = F.linear(gained, Wei).add_(eps)  # (batch, ne)
-    u = torch.addmm(z_e, z_i, Wei.t(), alpha=-1).div_(gamma)
-    return g * u if b is None else torch.addcmul(b, g, u), x, Wei, gain, z_i, gained, gamma, u, *balancing
+    u = z_e.addmm_(z_i, Wei.t(), alpha=-1).div_(gamma)
+    return g * u if b is None else torch.addcmul(b, g, u), Wei, gain, z_i, gained, gamma, u, *balancing
 
 
 class DivisiveLinear(torch.autograd.Function):
@@ -101,7 +105,7 @@ class DivisiveLinear(torch.autograd.Function):
             wanted = [value for value, wants in zip(inputs, needed, strict=True) if wants]
             gradients = iter(torch.autograd.grad(_dense(*inputs)[0], wanted, dz, create_graph=True))
             return tuple(next(gradients) if wants else None for wants in needed)
-        _, Wex, Wix, own_Wei, _, g, b, x, Wei, gain, z_i, gained, gamma, u, *balancing = ctx.saved_tensors
+        x, Wex, Wix, own_Wei, _, g, b, Wei, gain, z_i, gained, gamma, u, *balancing = ctx.saved_tensors
         w = dz * u
         dg, db = w.sum(0), None if b is None else dz.sum(0)
         r = g / gamma
@@ -118,6 +122,7 @@ class DivisiveLinear(torch.autograd.Function):
             dI = -dS * ratio
             dWei.mul_(ratio[:, None]).addr_(dI, of_ones)
             dv, dz_i = torch.cat([dv, dS[None]]), torch.cat([dz_i, torch.mv(own_Wei.t(), dI)[None]])
+            x = _and_ones(x)
         dWex = torch.mm(dv.t(), x) if needed[1] else None
         dWix = torch.mm(dz_i.t(), x) if needed[2] else None
         return dx, dWex, dWix, dWei, dalpha, dg, db, None, None
