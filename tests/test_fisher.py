@@ -152,7 +152,7 @@ def test_named_parameters_are_groups_of_their_own_even_at_factor_one():
 
 def test_the_first_step_of_a_fit_takes_the_factors_measured_on_its_batch(data, make_trainer):
     torch.manual_seed(0)
-    model = DANNMLP(hidden_sizes=[12], correction="measured", optimizer=SGD)
+    model = DANNMLP(hidden_sizes=[12], balanced=False, correction="measured", optimizer=SGD)
     twin = copy.deepcopy(model.network)
     batches = []
     model.on_train_batch_start = lambda batch, index: batches.append(batch)
@@ -223,7 +223,8 @@ def test_a_resumed_fit_goes_on_with_its_factors_and_measures_when_due(data, make
 
 def test_what_was_measured_is_logged_and_printed_beside_what_is_assumed(run):
     small = ("--model.hidden_sizes=[12]", "--data.val_size=50", "--trainer.max_epochs=1")
-    run("fit", "--model=DANNMLP", "--model.correction=measured", "--data=MNISTDataModule", *small, "--run_dir=a")
+    model = ("--model=DANNMLP", "--model.balanced=false", "--model.correction=measured")
+    run("fit", *model, "--data=MNISTDataModule", *small, "--run_dir=a")
     header, first = (line.split(",") for line in Path("a/metrics.csv").read_text().splitlines()[:2])
     logged = dict(zip(header, first, strict=True))
     assert float(logged["network.1/fisher_Wei"]) > 1 > float(logged["network.1/fisher_alpha"])

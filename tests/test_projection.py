@@ -157,7 +157,7 @@ def test_hooks_are_gone_after_the_fit_and_after_an_exception(batches, make_train
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_averages_of_a_checkpoint_are_balanced_when_a_stage_starts(stage, batches, make_trainer, tmp_path):
-    fast = functools.partial(torch.optim.SGD, lr=1.0)
+    fast = functools.partial(torch.optim.SGD, lr=30.0)
     trainer = make_trainer(callbacks=[EMAWeightAveraging(decay=0.9)], max_epochs=2)
     trainer.fit(small_dann(balanced=True, optimizer=fast), batches)  # nothing has validated, and balanced, the averages
     trainer.save_checkpoint(tmp_path / "averages.ckpt")

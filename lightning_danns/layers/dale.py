@@ -105,11 +105,11 @@ class DaleModule(nn.Module):
         return None
 
     def in_balance(self) -> Tensor:
-        """`Balance.scaled` with each row times S_i / I_i, at least in float32: what a balanced layer computes with.
+        """`Balance.scaled` with each row times S_i / I_i, in the precision of `balance`: a balanced layer computes with it.
 
-        After `project_` the ratio is 1 but for rounding. Its gradient is not 0: with it, all gradients are those of the
-        loss after the next `project_`. Without it they point where that undoes them, and can shrink all of a unit's
-        excitation to nothing.
+        After `project_` the ratio is 1 but for rounding (0 of a unit without excitation). Its gradient is not 0: with
+        it, gradients are those of the loss after the next `project_`, as far as nothing is clamped. Without it they
+        point where that undoes them, and can shrink all of a unit's excitation to nothing.
 
         Raises:
             UsageError: the layer has no `balance`.

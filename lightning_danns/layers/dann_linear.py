@@ -43,7 +43,9 @@ class DANNLinear(DANN):
             exactly the mean row of Wex. Not given: ``"groups"`` if balanced, otherwise ``"mean"``.
         balanced: whether each unit's total inhibition is kept equal to its total excitation: every row of
             Wex - Wei Wix sums to 0, so that an input that is the same everywhere is cancelled exactly. `project_` and
-            `DaleProjection` do it after each step, by scaling the rows of Wei.
+            `DaleProjection` do it after each step, by scaling the rows of Wei, and the layer computes with Wei so
+            scaled (`in_balance`), so that gradients are those of a layer in balance. To cut interneurons of a trained
+            layer, set ``layer.balanced = False`` first: otherwise the others make up for them.
         eps: what is added to gamma, > 0: the semi-saturation constant of division. Not given: 1e-8, as published, or
             0.3 if balanced (`lightning_danns.layers.dann.BALANCED_EPS` says why).
         device, dtype: as in `torch.nn.Linear`.
