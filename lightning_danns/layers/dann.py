@@ -149,7 +149,10 @@ class DANN(DaleModule):
             self.b.sub_(mean).div_(std)
 
     def lr_factors(self) -> dict[str, float]:
-        """Fisher corrections: Wix 1/√ne, Wei 1/d, alpha 1/(d √ne); Wex, g and b keep 1."""
+        """Fisher corrections: Wix 1/√ne, Wei 1/d, alpha 1/(d √ne); Wex, g and b keep 1.
+
+        As published, also in balanced layers, which do not need that of Wei (RESULTS, Measured Fisher information).
+        """
         root = math.sqrt(self.ne // self.groups)
         factors = {"Wix": 1 / root, "Wei": 1 / self.d}
         if self.divisive:
