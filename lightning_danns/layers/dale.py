@@ -105,7 +105,7 @@ class DaleModule(nn.Module):
         return None
 
     def in_balance(self) -> Tensor:
-        """`Balance.scaled` with each row times S_i / I_i, in the precision of `balance`: a balanced layer computes with it.
+        """`Balance.scaled`, each row times S_i / I_i, which a balanced layer computes with; as precise as `balance`.
 
         After `project_` the ratio is 1 but for rounding (0 of a unit without excitation). Its gradient is not 0: with
         it, gradients are those of the loss after the next `project_`, as far as nothing is clamped. Without it they
