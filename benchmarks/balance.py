@@ -33,9 +33,8 @@ class BalancedForward:
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        totals = self.balance()
         z_i = self._drive(x, self.Wix)
-        subtraction = self._per_unit(totals.excitation / totals.inhibition) * self._inhibit(self.Wei, z_i)
+        subtraction = self._inhibit(self.in_balance(), z_i)
         gamma = self._inhibit(self.Wei, self._per_unit(self.alpha.exp()) * z_i) + self.eps
         drive = self._drive(x, self.Wex) - subtraction
         return self._per_unit(self.g) * drive / gamma + self._per_unit(self.b)

@@ -117,8 +117,7 @@ class DaleModule(nn.Module):
         part = totals(self)
         if part is None:
             raise UsageError(f"{type(self).__name__} has no balance(): nothing to bring into balance")
-        ratio = part.excitation / scalable(part.inhibition)
-        return ratio.view(-1, *[1] * (part.scaled.dim() - 1)) * part.scaled
+        return scale_rows(part.scaled, part.excitation / scalable(part.inhibition))
 
     def standardise_(self, mean: Tensor, std: Tensor) -> None:
         """Change own parameters so that z of each unit becomes (z - mean) / std; a layer that cannot leaves them."""
@@ -243,6 +242,10 @@ def _ratio(excitation: Tensor, inhibition: Tensor) -> Tensor:
 def scalable(inhibition: Tensor) -> Tensor:
     """Total inhibition as a divisor: where there is none, nothing can be scaled, nor come back to it as a gradient."""
     return inhibition.masked_fill(inhibition <= 0, math.inf)
+
+
+def scale_rows(weight: Tensor, by: Tensor) -> Tensor:
+    return by.view(-1, *[1] * (weight.dim() - 1)) * weight
 
 
 @torch.no_grad()

@@ -28,7 +28,15 @@ from lightning_danns.initialization import (
     inhibition_iid_,
     log_gain,
 )
-from lightning_danns.layers.dale import Balance, DaleModule, DANNComponents, balance_, total, without_autocast
+from lightning_danns.layers.dale import (
+    Balance,
+    DaleModule,
+    DANNComponents,
+    balance_,
+    scale_rows,
+    total,
+    without_autocast,
+)
 
 EPS = 1e-8
 """Added to gamma, as published, so that a unit without any inhibition does not divide by zero."""
@@ -42,10 +50,6 @@ rounding noise divided by eps. It is the semi-saturation constant of divisive no
 
 def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _scale_rows(weight: Tensor, by: Tensor) -> Tensor:
-    return by.view(-1, *[1] * (weight.dim() - 1)) * weight
 
 
 class DANN(DaleModule):
@@ -204,7 +208,7 @@ class DANN(DaleModule):
             Wei, Wix = self._weights_onto_units(), self.Wix  # type: Tensor, Tensor
             net = self._net_weight(Wei)
             if self.alpha is not None and self.g is not None:
-                net, Wix = _scale_rows(net, self.g), _scale_rows(Wix, self.alpha.exp())
+                net, Wix = scale_rows(net, self.g), scale_rows(Wix, self.alpha.exp())
         z, z_i = self._drives(x, net, Wix) if self.divisive else (self._drive(x, net), None)
         eps, z = self._eps_for(z), at_least_float32(z)
         with without_autocast(x):
