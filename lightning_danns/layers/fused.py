@@ -42,7 +42,7 @@ def drives_in_balance(x: Tensor, Wex: Tensor, Wix: Tensor, Wei: Tensor) -> tuple
 
 
 def _and_ones(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 0, 0, 1), value=1.0)
+    return torch.cat([x, x.new_ones(1, x.shape[1])])
 
 
 def _dense(
