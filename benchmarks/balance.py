@@ -67,10 +67,10 @@ class ForwardFamily(DANNFamily):
     Linear, Conv2d = ForwardLinear, ForwardConv2d  # type: Any, Any
 
     def dense(self, d: int, n: int, ni: int, **where: bool) -> list[nn.Module]:
-        return [self.Linear(d, n, ni, **vars(self))]
+        return [self.Linear(d, n, ni, **self._options())]
 
     def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
-        return [self.Conv2d(c, n, ni, kernel, stride, padding=kernel // 2, **vars(self))]
+        return [self.Conv2d(c, n, ni, kernel, stride, padding=kernel // 2, **self._options())]
 
 
 class AfterFamily(ForwardFamily):
