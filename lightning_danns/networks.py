@@ -19,9 +19,10 @@ from lightning_danns.errors import UsageError
 from lightning_danns.initialization import Inhibition, Inputs
 from lightning_danns.layers import ColumnEILinear, DaleBatchNorm1d, DaleBatchNorm2d, DANNConv2d, DANNLinear
 
-Norm = Literal["none", "layer", "group", "batch", "centred"]
+Norm = Literal["none", "layer", "group", "batch", "centred", "centred_batch"]
 """Normalisation of hidden ordinary layers: none; over a sample's units (layer), or over its channels and pixels (group,
-one group); over the batch; or weights alone, each row kept at mean 0 (centred)."""
+one group); over the batch; weights alone, each row kept at mean 0 (centred), as balance does it under Dale's principle; or
+such weights and the batch (centred_batch)."""
 
 DaleNorm = Literal["none", "batch"]
 """Normalisation of hidden units under Dale's principle: none, or over the batch (`DaleBatchNorm1d`)."""
@@ -95,13 +96,16 @@ class StandardFamily:
     def dense(self, d: int, n: int, ni: int, *, first: bool, last: bool) -> list[nn.Module]:
         linear = nn.Linear(d, n)
         nn.init.normal_(linear.weight, std=math.sqrt((1 if first else 2) / d))
-        norms = {"layer": nn.LayerNorm, "group": nn.LayerNorm, "batch": nn.BatchNorm1d}
+        norms = {"layer": nn.LayerNorm, "group": nn.LayerNorm, "batch": nn.BatchNorm1d, "centred_batch": nn.BatchNorm1d}
         return self._normalised(linear, [] if last or self.norm not in norms else [norms[self.norm](n)])
 
     def conv(self, c: int, n: int, ni: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
         if self.norm == "layer":
-            raise UsageError("norm='layer': convolutional networks have 'none', 'group', 'batch' or 'centred'")
-        norms: dict[str, list[nn.Module]] = {"group": [nn.GroupNorm(1, n)], "batch": [nn.BatchNorm2d(n)]}
+            raise UsageError(
+                "norm='layer': convolutional networks have 'none', 'group', 'batch', 'centred' or 'centred_batch'"
+            )
+        batch = [nn.BatchNorm2d(n)]
+        norms: dict[str, list[nn.Module]] = {"group": [nn.GroupNorm(1, n)], "batch": batch, "centred_batch": batch}
         norm = norms.get(self.norm, [])
         conv = nn.Conv2d(c, n, kernel, stride, padding=kernel // 2, bias=self.conv_bias)
         nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel**2 * c)))
@@ -110,7 +114,7 @@ class StandardFamily:
     def _normalised(self, layer: nn.Linear | nn.Conv2d, norm: list[nn.Module]) -> list[nn.Module]:
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-        if self.norm == "centred":
+        if self.norm in ("centred", "centred_batch"):
             parametrize.register_parametrization(layer, "weight", CentredRows())
         return [layer, *norm]
 

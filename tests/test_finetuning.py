@@ -46,7 +46,7 @@ def test_what_fits_can_be_left_and_buffers_and_parametrised_weights_are_taken(bo
     model = SMALL(num_classes=4)
     assert load_body_(model, "body.ckpt", leave=[HEAD]) == [HEAD]
     assert not torch.equal(model.state_dict()[f"{HEAD}.Wex"], body[f"{HEAD}.Wex"])
-    for norm in ("batch", "centred"):
+    for norm in ("batch", "centred", "centred_batch"):
         torch.manual_seed(1)
         net, other = (ResNet(input_shape=(3, 8, 8), num_classes=n, norm=norm) for n in (3, 5))
         net(torch.rand(4, 3, 8, 8))  # moves the running statistics

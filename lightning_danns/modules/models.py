@@ -67,7 +67,7 @@ class MLP(ImageClassifier):
 
     Args:
         hidden_sizes: units of each hidden layer.
-        norm: normalisation of the hidden layers: ``"none"``, ``"layer"``, ``"batch"`` or ``"centred"`` (`Norm`).
+        norm: normalisation of the hidden layers (`Norm`).
         kwargs: see `ImageClassifier`.
     """
 
@@ -177,7 +177,7 @@ class ConvNet(ImageClassifier):
 
     Args:
         channels, hidden_sizes: see `DANNConvNet`.
-        norm: ``"none"``, ``"group"``, ``"batch"`` or ``"centred"`` (`Norm`).
+        norm: as in `Norm`, but not ``"layer"``.
         kwargs: see `ImageClassifier`.
     """
 
@@ -230,7 +230,7 @@ class VGG(ImageClassifier):
     Args:
         depth: 16 or 19 layers.
         dropout: probability of dropping a hidden dense unit.
-        norm: ``"none"``, ``"group"``, ``"batch"`` or ``"centred"`` (`Norm`).
+        norm: as in `Norm`, but not ``"layer"``.
         kwargs: see `ImageClassifier`.
     """
 
@@ -275,7 +275,7 @@ class ResNet(ImageClassifier):
     Args:
         depth: see `DANNResNet`.
         shortcut: see `DANNResNet`; ``"before"`` is the usual place.
-        norm: ``"none"``, ``"group"``, ``"batch"`` or ``"centred"`` (`Norm`).
+        norm: as in `Norm`, but not ``"layer"``.
         kwargs: see `ImageClassifier`.
     """
 
