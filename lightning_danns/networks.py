@@ -21,8 +21,8 @@ from lightning_danns.layers import ColumnEILinear, DaleBatchNorm1d, DaleBatchNor
 
 Norm = Literal["none", "layer", "group", "batch", "centred", "centred_batch"]
 """Normalisation of hidden ordinary layers: none; over a sample's units (layer), or over its channels and pixels (group,
-one group); over the batch; weights alone, each row kept at mean 0 (centred), as balance does it under Dale's principle; or
-such weights and the batch (centred_batch)."""
+one group); over the batch; weights alone, each row kept at mean 0 (centred), which is what balance does under Dale's
+principle; or of such weights, over the batch (centred_batch)."""
 
 DaleNorm = Literal["none", "batch"]
 """Normalisation of hidden units under Dale's principle: none, or over the batch (`DaleBatchNorm1d`)."""
@@ -104,7 +104,7 @@ class StandardFamily:
             raise UsageError(
                 "norm='layer': convolutional networks have 'none', 'group', 'batch', 'centred' or 'centred_batch'"
             )
-        batch = [nn.BatchNorm2d(n)]
+        batch: list[nn.Module] = [nn.BatchNorm2d(n)]
         norms: dict[str, list[nn.Module]] = {"group": [nn.GroupNorm(1, n)], "batch": batch, "centred_batch": batch}
         norm = norms.get(self.norm, [])
         conv = nn.Conv2d(c, n, kernel, stride, padding=kernel // 2, bias=self.conv_bias)
