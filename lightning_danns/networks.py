@@ -5,8 +5,9 @@ An architecture (`mlp`, `cnn`, `resnet`) knows sizes and order; a family (`DANNF
 that has its layers.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, Protocol, get_args
@@ -104,12 +105,14 @@ class StandardFamily:
             raise UsageError(
                 "norm='layer': convolutional networks have 'none', 'group', 'batch', 'centred' or 'centred_batch'"
             )
-        batch: list[nn.Module] = [nn.BatchNorm2d(n)]
-        norms: dict[str, list[nn.Module]] = {"group": [nn.GroupNorm(1, n)], "batch": batch, "centred_batch": batch}
-        norm = norms.get(self.norm, [])
+        norms: dict[str, Callable[[int], nn.Module]] = {
+            "group": functools.partial(nn.GroupNorm, 1),
+            "batch": nn.BatchNorm2d,
+            "centred_batch": nn.BatchNorm2d,
+        }
         conv = nn.Conv2d(c, n, kernel, stride, padding=kernel // 2, bias=self.conv_bias)
         nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel**2 * c)))
-        return self._normalised(conv, norm)
+        return self._normalised(conv, [norms[self.norm](n)] if self.norm in norms else [])
 
     def _normalised(self, layer: nn.Linear | nn.Conv2d, norm: list[nn.Module]) -> list[nn.Module]:
         if layer.bias is not None:

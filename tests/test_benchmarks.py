@@ -9,7 +9,6 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BALANCE = runpy.run_path(str(BENCHMARKS / "balance.py"))
-RUN = runpy.run_path(str(BENCHMARKS / "run.py"))
 
 
 @pytest.mark.parametrize("variant", BALANCE["VARIANTS"])
@@ -26,6 +25,6 @@ def test_every_part_of_balance_trains(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("section", ["dense", "conv", "projection", "memory"])
 def test_what_a_step_costs_is_measured_against_the_first_row(section):
-    rows = RUN[section](repeats=1)
+    rows = runpy.run_path(str(BENCHMARKS / "run.py"))[section](repeats=1)
     assert len(rows) > 1
     assert all(math.isfinite(value) and value > 0 for row in rows for value in row.values() if isinstance(value, float))
