@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_danns.analysis import activity as activity
     from lightning_danns.analysis import daleify as daleify
+    from lightning_danns.callbacks import Compiled as Compiled
     from lightning_danns.callbacks import CosineStepControl as CosineStepControl
     from lightning_danns.callbacks import DaleDiagnostics as DaleDiagnostics
     from lightning_danns.callbacks import DaleProjection as DaleProjection
@@ -63,7 +64,7 @@ _ROOMS = {
     "layers": "ColumnEILinear DANNConv2d DANNLinear DaleBatchNorm1d DaleBatchNorm2d DaleModule project_ standardise_",
     "optim": "DiagonalNGD Sequential WarmupCosine fisher_param_groups fisher_ratios measured_factors",
     "callbacks": (
-        "CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping "
+        "Compiled CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping "
         "StandardisedStart StartFrom Unfreeze load_body_"
     ),
     "modules": (

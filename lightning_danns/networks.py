@@ -32,6 +32,15 @@ Shortcut = Literal["after", "before"]
 """Where a residual block adds its input: after its last ReLU, or before it."""
 
 
+class Network(nn.Sequential):
+    """Layers one after another. With a forward of its own `compile` takes them whole, also in torch before 2.14."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 class Family(Protocol):
     """Makes the layers of one kind of unit."""
 
@@ -171,10 +180,10 @@ def mlp(
     num_classes: int,
     family: Family,
     ni: int | Sequence[int] | None = None,
-) -> nn.Sequential:
+) -> Network:
     """Flatten, then dense layers with ReLU between them; the output layer has one interneuron."""
     dense = _dense_layers(math.prod(input_shape), hidden_sizes, num_classes, family, ni, first=True)
-    return nn.Sequential(nn.Flatten(), *dense)
+    return Network(nn.Flatten(), *dense)
 
 
 def cnn(
@@ -187,7 +196,7 @@ def cnn(
     ni: int | Sequence[int] | None = None,
     pool_to_one: bool = False,
     dropout: float = 0.0,
-) -> nn.Sequential:
+) -> Network:
     """Blocks of 3x3 convolutions, each followed by ReLU, each block by 2x2 max-pooling; then dense layers as in `mlp`.
 
     Args:
@@ -231,16 +240,14 @@ def cnn(
         layers.append(nn.AdaptiveAvgPool2d(1))
         pixels = 1
     dense = _dense_layers(channels * pixels, hidden_sizes, num_classes, family, ni, first=False, dropout=dropout)
-    return nn.Sequential(*layers, nn.Flatten(), *dense)
+    return Network(*layers, nn.Flatten(), *dense)
 
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 VGG_CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
-def vgg(
-    depth: int, input_shape: Sequence[int], num_classes: int, family: ConvFamily, dropout: float = 0.5
-) -> nn.Sequential:
+def vgg(depth: int, input_shape: Sequence[int], num_classes: int, family: ConvFamily, dropout: float = 0.5) -> Network:
     """VGG16 or VGG19: five blocks of convolutions, then dense layers of 4096, 4096 and ``num_classes`` units.
 
     Interneurons 10-20-40-80-80 in the blocks, 409, 409 and 1 in the dense layers. The last feature map is flattened if
@@ -266,7 +273,7 @@ def resnet(
     family: ConvFamily,
     shortcut: Shortcut = "after",
     stem: Literal["auto", "small", "large"] = "auto",
-) -> nn.Sequential:
+) -> Network:
     """Residual network (He et al., CVPR 2016): a stem, stages of `ResidualBlock`s, mean over pixels, one dense layer.
 
     Stages are 16-32-64 channels wide for depths 20, 32 and 56, and 64-128-256-512 for 18, 34 and 50 (whose blocks are
@@ -307,7 +314,7 @@ def resnet(
             layers.append(block)
             channels = block.out_channels
     dense = family.dense(channels, num_classes, 1, first=False, last=True)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *dense)
+    return Network(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *dense)
 
 
 def tenth(n: int) -> int:

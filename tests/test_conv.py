@@ -151,3 +151,21 @@ def test_few_pixels_and_many_take_two_ways_to_the_same_values_and_gradients(divi
     gradients = [torch.autograd.grad(z, [x, *layer.parameters()], dz) for z in ways]
     for others in gradients[1:]:
         torch.testing.assert_close(gradients[0], others)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_without_division_half_precision_is_that_of_an_ordinary_layer(balanced):
+    """Bit by bit: so activations take no more memory than those of the control."""
+    torch.manual_seed(0)
+    conv, dense = DANNConv2d(4, 8, 2, 3, balanced=balanced, divisive=False), DANNLinear(36, 8, 2, divisive=False)
+    x = torch.rand(5, 4, 6, 6)
+    of_conv, of_dense = conv.net_weight(), dense.net_weight()
+    for half in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", half):
+            z = conv(x)
+            assert z.dtype == half
+            assert torch.equal(z, F.conv2d(x, of_conv, conv.b))
+            z = dense(x[:, :, :3, :3].flatten(1))
+            assert z.dtype == half
+            assert torch.equal(z, F.linear(x[:, :, :3, :3].flatten(1), of_dense, dense.b))
+    assert DANNConv2d(4, 8, 2, 3)(x).dtype == torch.float32

@@ -1,5 +1,6 @@
 """What acts and watches while a Trainer runs."""
 
+from lightning_danns.callbacks.compiling import Compiled
 from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
 from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
@@ -8,6 +9,7 @@ from lightning_danns.callbacks.start import StandardisedStart
 from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping
 
 __all__ = [
+    "Compiled",
     "CosineStepControl",
     "DaleDiagnostics",
     "DaleProjection",

@@ -190,8 +190,9 @@ class DANN(DaleModule):
         return self._net_weight(self._weights_onto_units())
 
     def _net_weight(self, Wei: Tensor) -> Tensor:
-        grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in (Wei, self.Wix.to(Wei)))
-        return (self.Wex - torch.bmm(*grouped).view(self.Wex.shape)).to(self.Wex.dtype)
+        weights = (self.Wex.to(Wei), Wei, self.Wix.to(Wei))
+        grouped = (weight.reshape(self.groups, len(weight) // self.groups, -1) for weight in weights)
+        return torch.baddbmm(*grouped, alpha=-1).view(self.Wex.shape).to(self.Wex.dtype)
 
     def _weights_onto_units(self) -> Tensor:
         return self.in_balance() if self.balanced else self.Wei
@@ -203,17 +204,19 @@ class DANN(DaleModule):
 
         The difference is then taken before the input comes in, so that half precision rounds z and not the large
         drives. It costs Wei Wix once a batch: little where weights are applied many times, as in a convolution.
+        Without division this is an ordinary layer of weights Wex - Wei Wix, and z is as precise as that of one.
         """
         with without_autocast(x):
             Wei, Wix = self._weights_onto_units(), self.Wix  # type: Tensor, Tensor
             net = self._net_weight(Wei)
             if self.alpha is not None and self.g is not None:
                 net, Wix = scale_rows(net, self.g), scale_rows(Wix, self.alpha.exp())
-        z, z_i = self._drives(x, net, Wix) if self.divisive else (self._drive(x, net), None)
-        eps, z = self._eps_for(z), at_least_float32(z)
+        if self.alpha is None:
+            return self._drive(x, net, self.b)
+        z_e, z_i = self._drives(x, net, Wix)
+        eps = self._eps_for(z_e)
         with without_autocast(x):
-            if z_i is not None:
-                z = self._divide(z, at_least_float32(z_i), Wei, eps)
+            z = self._divide(at_least_float32(z_e), at_least_float32(z_i), Wei, eps)
             if self.b is not None:
                 z = z + self._per_unit(self.b)
         return z.to(self.Wex.dtype)
@@ -234,7 +237,7 @@ class DANN(DaleModule):
     def _divide(self, z_e: Tensor, z_i: Tensor, Wei: Tensor, eps: float) -> Tensor:
         return z_e / (self._inhibit(Wei, z_i) + eps)
 
-    def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _drive(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise NotImplementedError
 
     def _inhibit(self, Wei: Tensor, z_i: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ class DANNConv2d(DANN):
             return self._folded(x)
         return self.components(x).z
 
-    def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+    def _drive(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _divide(self, z_e: Tensor, z_i: Tensor, Wei: Tensor, eps: float) -> Tensor:
         if self.groups > 1 or transformed():

@@ -123,8 +123,8 @@ class DANNLinear(DANN):
             z = DivisiveLinear.apply(rows, self.Wex, self.Wix, Wei, self.alpha, self.g, self.b, self.eps, within)
         return z if x.dim() == 2 else z.view(*x.shape[:-1], self.ne)
 
-    def _drive(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
+    def _drive(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
 
     def _inhibit(self, Wei: Tensor, z_i: Tensor) -> Tensor:
         return F.linear(z_i, at_least_float32(Wei))
