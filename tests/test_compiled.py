@@ -12,6 +12,14 @@ from lightning_danns import Compiled, DANNConvNet, DANNResNet, UsageError
 from lightning_danns.testing import assert_dale
 
 
+@pytest.fixture(autouse=True)
+def anew():
+    """torch compiles eight networks of one class, and gives up on the next."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 def images(low=0.0, n=12):
     torch.manual_seed(0)
     return DataLoader(TensorDataset(low + torch.rand(n, 3, 32, 32), torch.randint(10, (n,))), batch_size=4)

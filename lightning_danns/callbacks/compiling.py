@@ -18,6 +18,7 @@ class Compiled(pl.Callback):
     The first batch goes through uncompiled, so that negative inputs are refused. Compilation takes a minute or more,
     newly for each size of a batch; sizes that divide the number of images have one. Numbers are those of another order
     of operations, checkpoints the same as without. What looks into layers as they act sees nothing (`DaleDiagnostics`).
+    torch compiles eight networks in a process, and trains the next uncompiled unless `torch.compiler.reset` was called.
 
     Args:
         backend: of `torch.compile`.
