@@ -77,3 +77,8 @@ def test_a_module_without_a_network_is_refused(make_trainer):
 
     with pytest.raises(UsageError, match="Other has no network: compile the module yourself"):
         make_trainer(callbacks=[Compiled("eager")]).fit(Other(), DataLoader(torch.rand(4, 3)))
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(UsageError, match=r"backend='nope': torch.compile has .*inductor"):
+        Compiled("nope")

@@ -24,10 +24,13 @@ class Compiled(pl.Callback):
         backend: of `torch.compile`.
 
     Raises:
-        UsageError: the module has no ``network``.
+        UsageError: the module has no ``network``; a backend that torch does not know.
     """
 
     def __init__(self, backend: str | Callable = "inductor") -> None:
+        known = torch.compiler.list_backends(exclude_tags=())
+        if isinstance(backend, str) and backend not in known:
+            raise UsageError(f"backend={backend!r}: torch.compile has {', '.join(map(str, known))}")
         self.backend, self._compiled = backend, False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
