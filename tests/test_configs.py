@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import write_data
+from torch import nn
 
 import lightning_danns.cli as cli
 
@@ -58,11 +59,18 @@ def test_the_arms_of_the_paper_are_not_balanced(path):
 
 
 def test_all_recipes_together_run(small_files, tmp_path, monkeypatch):
+    def in_place(network, backend, **options):
+        assert backend == "inductor"  # which needs a compiler of C++
+        compiled.append(options)
+
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", in_place)
     configs = [f"--config={path}" for path in (CONFIGS / "cifar10" / "dann_convnet.yaml", *RECIPES)]
     data = [f"--data.data_dir={small_files}", "--data.val_size=20", "--data.batch_size=16"]
     options = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=1"]
     finished = run(monkeypatch, "fit", *configs, *data, *options, f"--run_dir={tmp_path / 'run'}")
     assert finished.trainer.callback_metrics["val_loss"].isfinite()
+    assert compiled == [{"dynamic": False}]
 
 
 def settings(monkeypatch, capsys, *configs):
