@@ -377,6 +377,8 @@ def _dense_layers(
     first: bool,
     dropout: float = 0.0,
 ) -> list[nn.Module]:
+    if isinstance(hidden_sizes, int):
+        raise UsageError(f"hidden_sizes={hidden_sizes}: give a list, one size for each hidden layer")
     sizes = [d, *hidden_sizes, num_classes]
     if min(sizes) < 1:
         raise UsageError(

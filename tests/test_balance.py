@@ -355,6 +355,20 @@ def test_a_users_own_layer_is_balanced_by_declaring_it():
     assert imbalances(model) == {"0": pytest.approx(0.01, rel=1e-3)}
 
 
+def test_a_layer_that_says_balanced_but_not_by_what_is_refused():
+    class Forgot(DaleModule):
+        nonnegative = ("W",)
+        balanced = True
+
+        def __init__(self):
+            super().__init__()
+            self.W = nn.Parameter(torch.rand(3, 4))
+
+    for ask in (project_, imbalances, Forgot.in_balance):
+        with pytest.raises(UsageError, match=r"Forgot is balanced, but has no balance\(\)"):
+            ask(Forgot())
+
+
 def test_copies_and_loaded_weights_are_balanced_like_the_original(kind):
     layer, other = make(kind), make(kind, seed=1)
     with torch.no_grad():

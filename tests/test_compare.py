@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import QUIET, SMALL
-from study_fits import epochs_of, fake_main, hasty_connect, real_main
+from study_fits import REAL, epochs_of, fake_main, hasty_connect, real_main
 
 import lightning_danns.cli as cli
 from lightning_danns.study import command, queue
@@ -230,6 +231,28 @@ def test_a_run_is_the_fit_that_it_would_be_alone(run, monkeypatch):
         torch.load(f"{folder}/checkpoints/last.ckpt")["state_dict"] for folder in ("alone", "f/a/seed_1")
     )
     assert all(torch.equal(compared[name], value) for name, value in alone.items())
+
+
+def test_a_fit_of_real_data_is_finished_once_and_goes_on_for_more_epochs(run, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "main", REAL)
+    Path("a.yaml").write_text("model: {class_path: MLP, init_args: {hidden_sizes: [12]}}\ndata: MNISTDataModule\n")
+    args = ["a.yaml", "--folder=f", "--data.val_size=0", "--data.test_each_epoch=true", *QUIET]
+    assert command("comparison", [*args, "--trainer.max_epochs=1"]) == 0
+    assert re.search(r"^a/seed_0: test_accuracy 0\.\d{4}, test_loss ", capsys.readouterr().out, re.MULTILINE)
+    assert command("comparison", [*args, "--trainer.max_epochs=1"]) == 0
+    assert capsys.readouterr().out == "1 of 1 runs are finished\n"
+    assert command("comparison", [*args, "--trainer.max_epochs=2"]) == 0
+    assert yaml.safe_load(Path("f/a/seed_0/result.yaml").read_text())["epochs"] == 2
+    assert (
+        command(
+            "comparison",
+            [*args, "--trainer.max_epochs=2", "--model.hidden_sizes=[13]"],
+        )
+        == 2
+    )
+    assert "was trained with model.hidden_sizes=[12], not [13]" in capsys.readouterr().err
+    again = shlex.split(Path("f/a/seed_0/log.txt").read_text().split("test them: ")[1].splitlines()[0])
+    assert again[1:5] == ["-m", "lightning_danns", "test", "--config"]
 
 
 def test_arguments_of_one_meaning_are_the_same_settings_and_many_devices_are_refused(run):

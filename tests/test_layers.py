@@ -44,7 +44,8 @@ def perturbed(layer):
 )  # fmt: skip
 def test_forward_equals_a_loop_over_neurons(d, ne, ni, divisive, bias, eps, leading, seed):
     torch.manual_seed(seed)
-    layer = perturbed(DANNLinear(d, ne, min(ni, ne), divisive=divisive, bias=bias, eps=eps, dtype=torch.float64))
+    options = {"divisive": divisive, "bias": bias, "eps": eps if divisive else None}
+    layer = perturbed(DANNLinear(d, ne, min(ni, ne), **options, dtype=torch.float64))
     x = torch.rand(*leading, d, dtype=torch.float64) + 0.1
     z = layer(x)
     assert z.shape == (*leading, ne)
@@ -112,6 +113,8 @@ def test_forward_stores_nothing_on_the_layer():
         ((6, 5, 6), "ni=6.*ne=5"),
         ((6, 0, 1), "ne=0"),
         ((0, 5, 1), "in_features=0"),
+        ((6, 5, 2.0), r"ni=2\.0: both are whole"),
+        ((6, "5", 2), "ne='5'"),
     ],
 )
 def test_wrong_sizes_are_refused_by_value(arguments, message):
@@ -127,6 +130,8 @@ def test_wrong_options_are_refused_by_value():
     for eps in (0, -0.3, float("nan"), float("inf")):
         with pytest.raises(UsageError, match=f"eps={eps}"):
             DANNLinear(6, 5, 2, eps=eps)
+    with pytest.raises(UsageError, match=r"eps=0\.3 is added to what divides"):
+        DANNLinear(6, 5, 2, divisive=False, eps=0.3)
 
 
 def test_wrong_input_width_is_refused_by_shape():
@@ -200,6 +205,14 @@ def test_one_name_without_its_comma_is_refused():
 
     with pytest.raises(UsageError, match=r"Single\.nonnegative='W' is a string"):
         project_(Single())
+
+
+def test_a_name_that_no_parameter_has_is_refused():
+    class Misspelt(DaleModule):
+        nonnegative = ("Wx",)
+
+    with pytest.raises(UsageError, match=r"Misspelt\.nonnegative names 'Wx'"):
+        project_(Misspelt())
 
 
 def test_a_network_compiles_whole_while_its_inputs_are_checked():

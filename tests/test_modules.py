@@ -212,6 +212,28 @@ def test_a_checkpoint_of_another_network_is_refused(data, make_trainer, tmp_path
         make_trainer().fit(Narrow(), datamodule=data, ckpt_path=path)
 
 
+def test_a_checkpoint_of_a_network_that_computes_otherwise_is_refused(data, make_trainer, tmp_path):
+    small = {"hidden_sizes": [12], "ni": 3, "optimizer": SGD}
+    model = DANNMLP(**small)
+    trainer, path = fit_and_save(model, data, make_trainer, tmp_path)
+    with pytest.raises(UsageError, match="made with balanced=True, this one with balanced=False"):
+        trainer.test(DANNMLP(**small, balanced=False), datamodule=data, ckpt_path=path)
+    trainer.test(DANNMLP(**small), datamodule=data, ckpt_path=path)
+    x = torch.rand(5, 1, 28, 28)
+    other = DANNMLP.load_from_checkpoint(path, eps=1.0)  # who says so in so many words
+    assert not torch.allclose(other(x), model(x))
+
+
+def test_a_module_without_its_network_is_told_to_set_it(data, make_trainer):
+    class Misnamed(ImageClassifier):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Flatten(), DANNLinear(784, 10, 1))
+
+    with pytest.raises(UsageError, match=r"Misnamed has no self\.network"):
+        make_trainer().fit(Misnamed(), datamodule=data)
+
+
 def test_loading_with_strict_false_allows_what_torch_allows(data, make_trainer, tmp_path):
     class Grown(DANNMLP):
         def __init__(self, **kwargs):

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from pytorch_lightning.tuner import Tuner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_danns.cli as cli
+import lightning_danns.compare
 from lightning_danns import (
     DANNMLP,
     MLP,
@@ -341,6 +344,24 @@ def test_printed_commands_work_in_folders_with_spaces_and_letters_of_all_kinds(r
     output = run("fit", *SMALL, *QUIET, "--trainer.max_epochs=1", "--run_dir", "my runs/é 1")
     command = shlex.split(output.split("test them: ")[1].splitlines()[0])
     assert "test_accuracy" in run(*command[command.index("test") :], *QUIET)
+
+
+@pytest.mark.parametrize(
+    ("started", "words"),
+    [
+        ("train.py", ["python", "train.py"]),
+        ("/opt/bin/lightning-danns", ["/opt/bin/lightning-danns"]),
+        (lightning_danns.compare.__file__, ["python", "-m", "lightning_danns"]),
+        ("/usr/bin/pytest", ["python", "-m", "lightning_danns"]),
+    ],
+)
+def test_printed_commands_start_the_environment_that_printed_them(run, monkeypatch, capsys, started, words):
+    monkeypatch.setenv("PATH", "/nowhere")  # no environment is activated
+    monkeypatch.setattr(sys, "argv", [started])
+    cli.main(["fit", *SMALL, *QUIET, "--trainer.max_epochs=1", "--run_dir=run"])
+    said = shlex.split(capsys.readouterr().out.split("test them: ")[1].splitlines()[0])
+    python = min(os.path.relpath(sys.executable), sys.executable, key=len)
+    assert said[: said.index("test")] == [python if word == "python" else word for word in words]
 
 
 def test_a_link_and_a_home_are_the_folder_that_they_stand_for(run, data_dir, monkeypatch):

@@ -151,6 +151,7 @@ COMMANDS = {
     # words
     "no subcommand": ([], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
     "unknown subcommand": (["fitt"], "invalid choice: 'fitt'"),
+    "command of its own": (["compare", "a.yaml"], "python -m lightning_danns.compare"),
     "no model": (["fit", "--data=MNISTDataModule"], "required: fit.model"),
     "no data": (["fit", "--model=DANNMLP"], "required: fit.data"),
     "misspelt group": (options("--tariner.max_epochs=3"), "unrecognized arguments: --tariner.max_epochs=3"),
@@ -162,7 +163,7 @@ COMMANDS = {
     "a model that is none": (options("--model=torch.nn.Linear"), "not correspond to a subclass of LightningModule"),
     # config files
     "missing config": (options("--config=nosuch.yaml"), "nosuch.yaml"),
-    "config of wrong syntax": (options("--config=syntax.yaml"), "line 2"),
+    "config of wrong syntax": (options("--config=syntax.yaml"), 'in "syntax.yaml", line 2'),
     "config is a folder": (options("--config=data"), "not a file"),
     "config is not text": (options("--config=data/mnist.npz"), "can't decode byte"),
     "config is a list": (options("--config=list.yaml"), "Unexpected config: - 1"),
@@ -190,6 +191,7 @@ COMMANDS = {
     "misspelt optimizer option": (options("--model.optimizer=SGD", "--model.optimizer.lrr=1"), "'lrr' is not accepted"),
     "optimizer without rate": (options("--model.optimizer=own.NoRate"), "NoRate has learning rate lr=None"),
     "negative rate": (options("--model.optimizer=SGD", "--model.optimizer.lr=-1"), "Invalid learning rate: -1"),
+    "rate that is a word": (options("--model.optimizer=SGD", "--model.optimizer.lr=fast"), "fast"),
     "rate that is no number": (options("--model.optimizer=SGD", "--model.optimizer.lr=.nan"), "learning rate lr=nan"),
     "diverging rate": (options("--model.optimizer=SGD", "--model.optimizer.lr=1e30"), "lower the learning rate"),
     "optimizer without groups": (options("--model.optimizer=LBFGS"), "LBFGS doesn't support per-parameter options"),
@@ -243,6 +245,8 @@ COMMANDS = {
     "checkpoint of another class": ([*TEST, "--model=MLP", "--ckpt_path=good.ckpt"], "another network than this MLP"),
     "checkpoint of another network": (options("--ckpt_path=good.ckpt", "--model.hidden_sizes=[13]"), "(13, 784) here"),
     "resumed otherwise": ([*RESUME, "--model.hidden_sizes=[13]"], "(13, 784) here and (12, 784) there"),
+    "resumed without balance": ([*RESUME, "--model.balanced=false"], "made with balanced=True, this one with"),
+    "resumed with another eps": ([*RESUME, "--model.eps=1"], "made with eps=None, this one with eps=1"),
     "resumed without factors": ([*RESUME, "--model.correction=none"], "7 groups there, 1 here"),
     "resumed with factors": (options("--ckpt_path=uncorrected.ckpt"), "1 groups there, 7 here"),
     "resumed with Adam": ([*RESUME, "--model.optimizer=Adam", "--model.optimizer.lr=0.1"], "no amsgrad, betas"),

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import lightning_danns
 from lightning_danns import modules
 from lightning_danns.cli.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, monitored
-from lightning_danns.cli.parser import COMMAND, Parser, few_lines, refuse_inherited, refuse_option
+from lightning_danns.cli.parser import COMMAND, Parser, few_lines, refuse_inherited, refuse_option, refuse_unreadable
 from lightning_danns.cli.run_folder import (
     LateCSVLogger,
     LateTensorBoardLogger,
@@ -69,6 +70,9 @@ class CLI(LightningCLI):
             parser.add_argument(option, type=refuse_option, help="not available: use --model.optimizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, Sequence):
+            refuse_unreadable([str(arg) for arg in given])
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
         # taken out here, because Lightning would let the checkpoint's arguments override config and command line
@@ -76,7 +80,7 @@ class CLI(LightningCLI):
         seed = config.seed_everything
         if not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything={seed}: give a seed from 0 to 2^32 - 1")
-        refuse_inherited(config, sys.argv[1:] if args is None else args)
+        refuse_inherited(config, given)
 
     def before_instantiate_classes(self) -> None:
         command, config = str(self.subcommand), self.config[self.subcommand]
@@ -246,8 +250,13 @@ class CLI(LightningCLI):
 
 
 def _program() -> list[str]:
-    name = os.path.basename(sys.argv[0])
-    return ["python", sys.argv[0]] if name.endswith(".py") and name != "__main__.py" else [COMMAND]
+    """The words that start this command line again, in this environment."""
+    program = Path(sys.argv[0])
+    if program.name == COMMAND:
+        return [COMMAND if shutil.which(COMMAND) == str(program) else _short(program)]
+    python = "python" if shutil.which("python") == sys.executable else _short(Path(sys.executable))
+    own = Path(lightning_danns.__file__).parent in program.absolute().parents  # python -m, also of a study
+    return [python, _short(program)] if program.suffix == ".py" and not own else [python, "-m", "lightning_danns"]
 
 
 def _short(path: Path) -> str:
@@ -263,6 +272,8 @@ def _checked_ckpt_path(path: str | None, checkpoints: Path, command: str) -> str
     """
     if path in ("best", "last"):
         name, path = path, str(checkpoints / f"{path}.ckpt")
+        if name == "best" and not os.path.exists(path) and (checkpoints / "last.ckpt").exists():
+            raise UsageError(f"checkpoint {path} does not exist, as of a fit without validation: use --ckpt_path last")
         if not os.path.exists(path) and command == "fit" and name == "last":
             return None  # a first start
     if path is None or path in ("hpc", "registry") or "://" in path:

@@ -18,7 +18,7 @@ from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import imported
 
 COMMAND = "lightning-danns"
-LONGEST = 5, 300
+LONGEST = 6, 300
 """Lines of an error, and characters of a line: what a union of types complains about fills pages."""
 
 CHATTER = (
@@ -31,6 +31,8 @@ CHATTER = (
 )
 """How lines begin that say nothing which another line does not say better."""
 
+OF_ARGPARSE = {"argument", "choice", "choose", "from", "invalid", "subcommand"}
+
 
 def few_lines(message: str) -> str:
     """The lines of a message that tell something, the longest cut in their middle."""
@@ -38,8 +40,9 @@ def few_lines(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")] or ["an empty config"]
     telling = list(dict.fromkeys(line for line in lines if not line.startswith(CHATTER)))
     values = [line for line in lines if line.startswith("Given value:") and not line.endswith(")")]  # no namespaces
-    telling += [line for line in values[:1] if not any(line[13:] in other for other in telling)]
-    telling = telling if len(telling) <= LONGEST[0] else [*telling[: LONGEST[0]], "..."]
+    values = [line for line in values[:1] if not any(line[13:] in other for other in telling)]
+    room = LONGEST[0] - len(values)
+    telling = [*telling[:room], *(["..."] if len(telling) > room else []), *values]
     cut = [line if len(line) <= width else f"{line[: width // 2]} ... {line[-width // 2 :]}" for line in telling]
     return "\n  ".join(cut)
 
@@ -59,7 +62,7 @@ class Parser(LightningArgumentParser):
         words = {
             word.strip("'\"`,:;()[]{}<>-=").rpartition(".")[2].partition("=")[0] for word in few_lines(message).split()
         }
-        unknown = [word for word in words if len(word) > 3 and not {word, word.lower()} & known]
+        unknown = [word for word in words - OF_ARGPARSE if len(word) > 3 and not {word, word.lower()} & known]
         pairs = [(word, near) for word in unknown for near in difflib.get_close_matches(word, known, 1, 0.75)]
         if pairs:
             word, near = max(pairs, key=lambda pair: difflib.SequenceMatcher(None, *pair).ratio())
@@ -75,6 +78,23 @@ def _known() -> set[str]:
             if inspect.isclass(value) and issubclass(value, pl.LightningModule | pl.LightningDataModule):
                 known |= {name, *(p for cls in value.__mro__[:-1] for p in inspect.signature(cls).parameters)}
     return known
+
+
+def refuse_unreadable(args: Sequence[str]) -> None:
+    """Name the config file that is no YAML, or the command that is none of this command line.
+
+    Raises:
+        UsageError: one of both; the parser would name neither.
+    """
+    if args and args[0] in ("sweep", "compare", "report"):
+        raise UsageError(f"{args[0]} is a command of its own: python -m lightning_danns.{args[0]}")
+    for path in (Path(arg.removeprefix("--config=")) for arg in args if arg.endswith((".yaml", ".yml"))):
+        if path.is_file():
+            try:
+                with path.open() as file:
+                    yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                raise UsageError(few_lines(str(error))) from error
 
 
 def refuse_inherited(config: Namespace, args: Any) -> None:

@@ -102,6 +102,8 @@ class DaleModule(nn.Module):
 
     def balance(self) -> Balance | None:
         """Total excitation and inhibition of each unit, and the weights that balance them; None if it has not both."""
+        if self.balanced:
+            raise UsageError(f"{type(self).__name__} is balanced, but has no balance() that says by what")
         return None
 
     def in_balance(self) -> Tensor:
@@ -138,6 +140,8 @@ class DaleModule(nn.Module):
                 "comma after a single one"
             )
         for name in self.nonnegative:
+            if not hasattr(self, name):
+                raise UsageError(f"{type(self).__name__}.nonnegative names {name!r}, which the layer has not")
             parameter = getattr(self, name)
             if parameter is None:
                 continue

@@ -13,6 +13,7 @@ of operations that is fastest for it.
 """
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,8 @@ class DANN(DaleModule):
         groups: int = 1,
     ) -> None:
         super().__init__()
+        if not all(isinstance(number, Integral) for number in (ne, ni)):
+            raise UsageError(f"ne={ne!r}, ni={ni!r}: both are whole numbers of units")
         if ne < 1:
             raise UsageError(f"ne={ne}: a layer needs at least one excitatory unit")
         if not 1 <= ni <= ne:
@@ -93,6 +96,8 @@ class DANN(DaleModule):
             inhibition = "groups" if balanced else "mean"
         if inhibition not in ("mean", "iid", "groups"):
             raise UsageError(f"inhibition={inhibition!r}: choose 'mean' (Wei = 1/ni), 'groups' or 'iid'")
+        if eps is not None and not divisive:
+            raise UsageError(f"eps={eps} is added to what divides, but this layer does not divide: leave it out")
         if eps is None:
             eps = BALANCED_EPS if balanced else EPS
         if not 0 < eps < math.inf:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_unprojected
 from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
+from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import function_of, keep_plain, made_of, plain
 from lightning_danns.modules.resume import refuse_compiled, refuse_misfit
 from lightning_danns.modules.schedule import scheduled, step_plateaus
@@ -63,6 +64,8 @@ class DaleLightningModule(pl.LightningModule):
         self.rates, self.weight_decay = rates, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
+        if getattr(self, "network", None) is None:
+            raise UsageError(f"{type(self).__name__} has no self.network: set it in __init__, or override forward")
         return self.network(x)
 
     def configure_model(self) -> None:

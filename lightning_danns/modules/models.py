@@ -160,7 +160,7 @@ class DANNConvNet(ImageClassifier):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        blocks = [[n] for n in channels]
+        blocks = _one_each(channels)
         self.network = cnn(
             self.input_shape,
             blocks,
@@ -189,8 +189,14 @@ class ConvNet(ImageClassifier):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        blocks = [[n] for n in channels]
+        blocks = _one_each(channels)
         self.network = cnn(self.input_shape, blocks, hidden_sizes, self.num_classes, StandardFamily(norm))
+
+
+def _one_each(channels: Sequence[int]) -> list[list[int]]:
+    if isinstance(channels, int):
+        raise UsageError(f"channels={channels}: give a list, one number for each convolution")
+    return [[n] for n in channels]
 
 
 class DANNVGG(ImageClassifier):

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 KEPT = ("weight_decay", "momentum", "betas", "base_rate")
 """Settings of a group that a resumed fit takes from its checkpoint, besides its rate."""
 
+UNSHAPED = ("balanced", "eps", "shortcut")
+"""Arguments that change what a network computes, but neither names nor shapes of its weights."""
+
 ANEW = "or start anew from its weights (load_from_checkpoint)"
 
 
@@ -52,11 +55,18 @@ def attached(module: pl.LightningModule) -> bool:
 def _refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    if ours == theirs:
-        return
-    name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
     saved = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {})
     different = {k: v for k, v in saved.items() if k in module.hparams and v != module.hparams[k] and k != "optimizer"}
+    if ours == theirs:
+        for key in UNSHAPED:
+            if key in different:
+                raise UsageError(
+                    f"the checkpoint's network was made with {key}={different[key]}, this one with "
+                    f"{key}={module.hparams[key]}: the weights fit, but it would compute something else. Make it as "
+                    "it was (load_from_checkpoint does)"
+                )
+        return
+    name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
     described = ", ".join(f"{key}={value}" for key, value in different.items())
     raise UsageError(
         f"the checkpoint holds another network than this {type(module).__name__}: {name} is "

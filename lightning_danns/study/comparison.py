@@ -54,6 +54,15 @@ def plan(configs: Sequence[Path], seeds: Sequence[int], folder: Path, fit_args: 
     return runs
 
 
+def reached(result: dict[str, Any]) -> str:
+    """What a fit came to, in a line: its best value or, of a fit without validation, its last test or loss."""
+    if result.get("best") is not None:
+        return f"best {result['monitor']} {result['best']:.4f}"
+    last = {name: value for name, value in result.get("metrics", {}).items() if "/" not in name}
+    told = [name for name in last if name.startswith("test_")] or list(last)
+    return ", ".join(f"{name} {last[name]:.4f}" for name in told) or "finished"
+
+
 def main(args: Sequence[str]) -> int:
     """Train what is left of the comparison; returns the exit status: 1 if a run failed."""
     parser = ArgumentParser("python -m lightning_danns.compare", description=__doc__, allow_abbrev=False)
@@ -77,7 +86,9 @@ def main(args: Sequence[str]) -> int:
         if name in runs and runs[name].finished():  # since it was queued, by another process
             raise optuna.TrialPruned
         queue.fit(left.get(name, trial.user_attrs["args"]), options.folder / name)
-        return float(result_of(options.folder / name).get("best") or 0)  # to be shown; what is done, the folder tells
+        result = result_of(options.folder / name)
+        trial.set_user_attr("ended", reached(result))
+        return float(result.get("epochs", 0))  # Optuna wants a number; what is done, the folder tells
 
     queue.fill(study, left, again=True)
     if options.jobs > 1:

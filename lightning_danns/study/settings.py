@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_danns.atomic import read_yaml
+from lightning_danns.cli.main import FROM_DATA
 from lightning_danns.errors import UsageError
 
 # defaults of a study's runs; on several GPUs, Lightning would otherwise start the study's command once for each
@@ -79,6 +80,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
     """Name, old and new value of the settings in which two configs differ."""
     others = ("search", "pruning", "seed_everything")  # the first two are those of a sweep
     was, now = ({name: config.get(name) for name in others} | flat(config) for config in (old, new))
+    for name in [f"model.{name}" for name in FROM_DATA]:
+        if name not in was:  # a fit leaves out of its config what its data said
+            now.pop(name, None)
     return [(name, was.get(name), now.get(name)) for name in was | now if was.get(name) != now.get(name)]
 
 
