@@ -337,6 +337,13 @@ def test_a_timer_is_saved_in_the_config_and_stops_the_fit(run, data_dir):
     assert yaml.safe_load((data_dir / "run" / "result.yaml").read_text())["ended_by"] == "max_time"
 
 
+def test_one_batch_that_is_read_as_all_is_told(run, data_dir):
+    options = [*SMALL, *QUIET, "--trainer.max_epochs=1", "--trainer.limit_val_batches=2", "--run_dir=run"]
+    said = run("fit", *options, "--trainer.limit_train_batches=1")
+    assert "warning: limit_train_batches=1 is read as 1.0, all batches" in said
+    assert "limit_val_batches" not in said
+
+
 # 17 and paths
 
 

@@ -93,6 +93,9 @@ class CLI(LightningCLI):
         config.ckpt_path = _checked_ckpt_path(self.ckpt_path, self.run_folder / "checkpoints", command)
         if command != "fit" and self.ckpt_path is None:
             print("warning: no --ckpt_path, so these are the weights that the model starts with", file=sys.stderr)
+        for name in ("train", "val", "test", "predict"):  # a whole number comes in as a float
+            if config.trainer.get(f"limit_{name}_batches") == 1:
+                print(f"warning: limit_{name}_batches=1 is read as 1.0, all batches: give 2 for few", file=sys.stderr)
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle anything that comes from an http address
         if command == "fit":
