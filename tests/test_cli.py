@@ -43,7 +43,7 @@ def test_a_run_is_one_folder_that_can_be_tested_predicted_and_reloaded(run, data
 
     # what the fit printed at its end is a command that works
     assert "val_accuracy" in output
-    command = shlex.split(output.split("python train.py ")[1].splitlines()[0])
+    command = shlex.split(output.split("train.py ")[1].splitlines()[0])
     tested = run(*command, *QUIET)
     assert "test_accuracy" in tested
     (row,) = metrics(folder / "test" / "metrics.csv")
@@ -136,7 +136,7 @@ def test_the_published_protocol_trains_on_all_images_and_selects_nothing(run, da
     output = fit(run, "--data.val_size=0", "--data.test_each_epoch=true")
     assert [path.name for path in (data_dir / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
     errors = [float(row["test_accuracy"]) for row in metrics(data_dir / "run" / "metrics.csv") if row["test_accuracy"]]
-    tested = run(*shlex.split(output.split("python train.py ")[1].splitlines()[0]), *QUIET)
+    tested = run(*shlex.split(output.split("train.py ")[1].splitlines()[0]), *QUIET)
     assert f"test_accuracy {errors[-1]:.4f}" in tested
     assert len(errors) == 2
 
