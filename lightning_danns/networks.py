@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -377,7 +378,7 @@ def _dense_layers(
     first: bool,
     dropout: float = 0.0,
 ) -> list[nn.Module]:
-    if isinstance(hidden_sizes, int):
+    if isinstance(hidden_sizes, Integral):
         raise UsageError(f"hidden_sizes={hidden_sizes}: give a list, one size for each hidden layer")
     sizes = [d, *hidden_sizes, num_classes]
     if min(sizes) < 1:

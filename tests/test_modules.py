@@ -216,8 +216,9 @@ def test_a_checkpoint_of_a_network_that_computes_otherwise_is_refused(data, make
     small = {"hidden_sizes": [12], "ni": 3, "optimizer": SGD}
     model = DANNMLP(**small)
     trainer, path = fit_and_save(model, data, make_trainer, tmp_path)
-    with pytest.raises(UsageError, match="made with balanced=True, this one with balanced=False"):
+    with pytest.raises(UsageError, match=r"'network\.1' has balanced=True, here it has balanced=False"):
         trainer.test(DANNMLP(**small, balanced=False), datamodule=data, ckpt_path=path)
+    trainer.test(DANNMLP(**small, eps=0.3), datamodule=data, ckpt_path=path)  # which is that of balanced layers
     trainer.test(DANNMLP(**small), datamodule=data, ckpt_path=path)
     x = torch.rand(5, 1, 28, 28)
     other = DANNMLP.load_from_checkpoint(path, eps=1.0)  # who says so in so many words

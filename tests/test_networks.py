@@ -2,12 +2,14 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lightning_danns import (
+    DANNMLP,
     DANNVGG,
     VGG,
     ColumnEILinear,
@@ -208,3 +210,12 @@ def test_column_ei_resumes_with_its_trained_bias(data_dir, make_trainer, tmp_pat
         resumed = ColumnEIMLP(hidden_sizes=[22], optimizer=frozen)
         make_trainer(max_epochs=2).fit(resumed, **source, ckpt_path=tmp_path / "model.ckpt")
         assert torch.equal(resumed.network[1].b, model.network[1].b)
+
+
+@pytest.mark.parametrize("one", [12, np.int64(12)])
+def test_one_size_where_a_list_is_meant_is_refused(one):
+    with pytest.raises(UsageError, match="hidden_sizes=12: give a list"):
+        DANNMLP(hidden_sizes=one)
+    for network in (DANNConvNet, ConvNet):
+        with pytest.raises(UsageError, match="channels=12: give a list"):
+            network(channels=one)

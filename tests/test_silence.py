@@ -340,7 +340,7 @@ def test_a_timer_is_saved_in_the_config_and_stops_the_fit(run, data_dir):
 def test_one_batch_that_is_read_as_all_is_told(run, data_dir):
     options = [*SMALL, *QUIET, "--trainer.max_epochs=1", "--trainer.limit_val_batches=2", "--run_dir=run"]
     said = run("fit", *options, "--trainer.limit_train_batches=1")
-    assert "warning: limit_train_batches=1 is read as 1.0, all batches" in said
+    assert "warning: limit_train_batches=1 means all batches (1.0), not one" in said
     assert "limit_val_batches" not in said
 
 
@@ -357,6 +357,8 @@ def test_printed_commands_work_in_folders_with_spaces_and_letters_of_all_kinds(r
     ("started", "words"),
     [
         ("train.py", ["python", "train.py"]),
+        ("lightning-danns", ["./lightning-danns"]),
+        ("/home/pkg/__main__.py", ["python", "-m", "pkg"]),
         ("/opt/bin/lightning-danns", ["/opt/bin/lightning-danns"]),
         (lightning_danns.compare.__file__, ["python", "-m", "lightning_danns"]),
         ("/usr/bin/pytest", ["python", "-m", "lightning_danns"]),

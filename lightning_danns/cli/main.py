@@ -95,7 +95,7 @@ class CLI(LightningCLI):
             print("warning: no --ckpt_path, so these are the weights that the model starts with", file=sys.stderr)
         for name in ("train", "val", "test", "predict"):  # a whole number comes in as a float
             if config.trainer.get(f"limit_{name}_batches") == 1:
-                print(f"warning: limit_{name}_batches=1 is read as 1.0, all batches: give 2 for few", file=sys.stderr)
+                print(f"warning: limit_{name}_batches=1 means all batches (1.0), not one of them", file=sys.stderr)
         if config.weights_only is None:
             config.weights_only = True  # Lightning would unpickle anything that comes from an http address
         if command == "fit":
@@ -256,15 +256,21 @@ def _program() -> list[str]:
     """The words that start this command line again, in this environment."""
     program = Path(sys.argv[0])
     if program.name == COMMAND:
-        return [COMMAND if shutil.which(COMMAND) == str(program) else _short(program)]
+        path = _short(program)
+        return [COMMAND if shutil.which(COMMAND) == str(program) else path if os.sep in path else f"./{path}"]
     python = "python" if shutil.which("python") == sys.executable else _short(Path(sys.executable))
     own = Path(lightning_danns.__file__).parent in program.absolute().parents  # python -m, also of a study
-    return [python, _short(program)] if program.suffix == ".py" and not own else [python, "-m", "lightning_danns"]
+    if own or program.suffix != ".py":
+        return [python, "-m", "lightning_danns"]
+    return [python, "-m", program.parent.name] if program.name == "__main__.py" else [python, _short(program)]
 
 
 def _short(path: Path) -> str:
     """The path from the working directory, if that is shorter."""
-    return min(os.path.relpath(path), str(path), key=len)
+    try:
+        return min(os.path.relpath(path), str(path), key=len)
+    except ValueError:  # on another drive
+        return str(path)
 
 
 def _checked_ckpt_path(path: str | None, checkpoints: Path, command: str) -> str | None:
@@ -276,7 +282,9 @@ def _checked_ckpt_path(path: str | None, checkpoints: Path, command: str) -> str
     if path in ("best", "last"):
         name, path = path, str(checkpoints / f"{path}.ckpt")
         if name == "best" and not os.path.exists(path) and (checkpoints / "last.ckpt").exists():
-            raise UsageError(f"checkpoint {path} does not exist, as of a fit without validation: use --ckpt_path last")
+            raise UsageError(
+                f"checkpoint {path} does not exist: no validation of that fit has ended. Use --ckpt_path last"
+            )
         if not os.path.exists(path) and command == "fit" and name == "last":
             return None  # a first start
     if path is None or path in ("hpc", "registry") or "://" in path:

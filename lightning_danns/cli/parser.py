@@ -3,8 +3,10 @@
 import argparse
 import difflib
 import inspect
+import os
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +34,7 @@ CHATTER = (
 """How lines begin that say nothing which another line does not say better."""
 
 OF_ARGPARSE = {"argument", "choice", "choose", "from", "invalid", "subcommand"}
+"""Words of its messages, which no user has misspelt."""
 
 
 def few_lines(message: str) -> str:
@@ -81,20 +84,23 @@ def _known() -> set[str]:
 
 
 def refuse_unreadable(args: Sequence[str]) -> None:
-    """Name the config file that is no YAML, or the command that is none of this command line.
+    """Name the file of ``--config`` that is no YAML, or the command that is none of this command line.
 
     Raises:
         UsageError: one of both; the parser would name neither.
     """
     if args and args[0] in ("sweep", "compare", "report"):
         raise UsageError(f"{args[0]} is a command of its own: python -m lightning_danns.{args[0]}")
-    for path in (Path(arg.removeprefix("--config=")) for arg in args if arg.endswith((".yaml", ".yml"))):
-        if path.is_file():
-            try:
-                with path.open() as file:
-                    yaml.safe_load(file)
-            except yaml.YAMLError as error:
-                raise UsageError(few_lines(str(error))) from error
+    configs = [value for option, value in pairwise(args) if option == "--config"]
+    configs += [arg.removeprefix("--config=") for arg in args if arg.startswith("--config=")]
+    for path in filter(os.path.isfile, configs):
+        try:
+            with open(path) as file:
+                yaml.safe_load(file)
+        except UnicodeDecodeError:
+            return  # the parser says so
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+            raise UsageError(f"config {path}: {few_lines(str(error))}") from error
 
 
 def refuse_inherited(config: Namespace, args: Any) -> None:

@@ -64,6 +64,7 @@ class DaleModule(nn.Module):
 
     Methods:
         lr_factors: the learning-rate factor of each own parameter; 1 for those not named.
+        constants: what changes its computation, but no weight.
         balance: both totals of each unit, of a layer that can be balanced.
         in_balance: the weights that balance scales, for the forward pass of a balanced layer.
         standardise_: changes z of each unit to (z - mean) / std, of a layer that can (`standardise_`).
@@ -99,6 +100,13 @@ class DaleModule(nn.Module):
     def lr_factors(self) -> dict[str, float]:
         """Learning-rate factor by name of own parameter; a name left out has factor 1."""
         return {}
+
+    def constants(self) -> dict[str, Any]:
+        """Settings that change what the layer computes, but neither names nor shapes of its weights.
+
+        A checkpoint keeps them, and is refused where others are set.
+        """
+        return {"balanced": self.balanced}
 
     def balance(self) -> Balance | None:
         """Total excitation and inhibition of each unit, and the weights that balance them; None if it has not both."""

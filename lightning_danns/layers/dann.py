@@ -14,6 +14,7 @@ of operations that is fastest for it.
 
 import math
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +97,6 @@ class DANN(DaleModule):
             inhibition = "groups" if balanced else "mean"
         if inhibition not in ("mean", "iid", "groups"):
             raise UsageError(f"inhibition={inhibition!r}: choose 'mean' (Wei = 1/ni), 'groups' or 'iid'")
-        if eps is not None and not divisive:
-            raise UsageError(f"eps={eps} is added to what divides, but this layer does not divide: leave it out")
         if eps is None:
             eps = BALANCED_EPS if balanced else EPS
         if not 0 < eps < math.inf:
@@ -160,13 +159,16 @@ class DANN(DaleModule):
     def lr_factors(self) -> dict[str, float]:
         """Fisher corrections: Wix 1/√ne, Wei 1/d, alpha 1/(d √ne); Wex, g and b keep 1.
 
-        As published, also in balanced layers, which do not need that of Wei (RESULTS, Measured Fisher information).
+        As published, also in balanced layers, where that of Wei lacks its reason (RESULTS, Fisher).
         """
         root = math.sqrt(self.ne // self.groups)
         factors = {"Wix": 1 / root, "Wei": 1 / self.d}
         if self.divisive:
             factors["alpha"] = 1 / (self.d * root)
         return factors
+
+    def constants(self) -> dict[str, Any]:
+        return super().constants() | ({} if self.alpha is None else {"eps": self.eps})
 
     def components(self, x: Tensor) -> DANNComponents:
         """Every part of the computation for input ``x``, for analysis.

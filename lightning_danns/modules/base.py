@@ -15,7 +15,7 @@ from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_unpr
 from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import function_of, keep_plain, made_of, plain
-from lightning_danns.modules.resume import refuse_compiled, refuse_misfit
+from lightning_danns.modules.resume import CONSTANTS, constants_of, refuse_compiled, refuse_misfit
 from lightning_danns.modules.schedule import scheduled, step_plateaus
 from lightning_danns.modules.shards import share_out
 from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
@@ -111,7 +111,8 @@ class DaleLightningModule(pl.LightningModule):
         refuse_unprojected(self, self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep arguments as plain values, those too that a subclass has saved itself."""
+        """Keep arguments as plain values, those too that a subclass has saved itself, and the layers' constants."""
+        checkpoint[CONSTANTS] = constants_of(self)
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = plain(dict(self.hparams))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The experiments: which network of which layers, as LightningModules with flat, serialisable arguments."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -194,7 +195,8 @@ class ConvNet(ImageClassifier):
 
 
 def _one_each(channels: Sequence[int]) -> list[list[int]]:
-    if isinstance(channels, int):
+    """Blocks of one convolution."""
+    if isinstance(channels, Integral):
         raise UsageError(f"channels={channels}: give a list, one number for each convolution")
     return [[n] for n in channels]
 

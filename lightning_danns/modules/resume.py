@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 
 from lightning_danns.errors import UsageError
+from lightning_danns.layers.dale import dale_layers
 from lightning_danns.optim import fisher_optimizer, measured
 
 if TYPE_CHECKING:
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 KEPT = ("weight_decay", "momentum", "betas", "base_rate")
 """Settings of a group that a resumed fit takes from its checkpoint, besides its rate."""
 
-UNSHAPED = ("balanced", "eps", "shortcut")
-"""Arguments that change what a network computes, but neither names nor shapes of its weights."""
+CONSTANTS = "dale_constants"
+"""Where a checkpoint keeps `DaleModule.constants` of each layer; checkpoints before 0.2 have none."""
 
 ANEW = "or start anew from its weights (load_from_checkpoint)"
 
@@ -38,6 +39,7 @@ def refuse_misfit(module: "DaleLightningModule", checkpoint: Mapping[str, Any], 
     if "state_dict" in checkpoint:  # sharded strategies load their weights elsewhere
         if module.strict_loading:
             _refuse_other_network(module, checkpoint)
+            _refuse_other_constants(module, checkpoint.get(CONSTANTS, {}))
         if module.trainer.training and "optimizer_states" not in checkpoint:
             raise UsageError(f"the checkpoint holds weights alone, so no fit can continue from it: test it, {ANEW}")
     if optimizer and module.trainer.training:
@@ -55,24 +57,32 @@ def attached(module: pl.LightningModule) -> bool:
 def _refuse_other_network(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     ours = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-    saved = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {})
-    different = {k: v for k, v in saved.items() if k in module.hparams and v != module.hparams[k] and k != "optimizer"}
     if ours == theirs:
-        for key in UNSHAPED:
-            if key in different:
-                raise UsageError(
-                    f"the checkpoint's network was made with {key}={different[key]}, this one with "
-                    f"{key}={module.hparams[key]}: the weights fit, but it would compute something else. Make it as "
-                    "it was (load_from_checkpoint does)"
-                )
         return
     name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
+    saved = checkpoint.get(module.CHECKPOINT_HYPER_PARAMS_KEY, {})
+    different = {k: v for k, v in saved.items() if k in module.hparams and v != module.hparams[k] and k != "optimizer"}
     described = ", ".join(f"{key}={value}" for key, value in different.items())
     raise UsageError(
         f"the checkpoint holds another network than this {type(module).__name__}: {name} is "
         f"{ours.get(name, 'absent')} here and {theirs.get(name, 'absent')} there. It was saved by a model with "
         f"{described or 'other layers'}"
     )
+
+
+def constants_of(module: pl.LightningModule) -> dict[str, dict[str, Any]]:
+    """`DaleModule.constants` of each layer by its name."""
+    return {name: layer.constants() for name, layer in dale_layers(module)}
+
+
+def _refuse_other_constants(module: pl.LightningModule, theirs: Mapping[str, Mapping[str, Any]]) -> None:
+    for layer, ours in constants_of(module).items():
+        for key, there in theirs.get(layer, {}).items():
+            if key in ours and ours[key] != there:
+                raise UsageError(
+                    f"the checkpoint's layer {layer!r} has {key}={there}, here it has {key}={ours[key]}: the weights "
+                    "fit, but would compute something else. Make the network as it was (load_from_checkpoint does)"
+                )
 
 
 def _refuse_other_optimizer(module: "DaleLightningModule", states: list[dict[str, Any]]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from lightning_danns.atomic import read_yaml
-from lightning_danns.cli.main import FROM_DATA
 from lightning_danns.errors import UsageError
 
 # defaults of a study's runs; on several GPUs, Lightning would otherwise start the study's command once for each
@@ -78,6 +77,8 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of the settings in which two configs differ."""
+    from lightning_danns.cli.main import FROM_DATA
+
     others = ("search", "pruning", "seed_everything")  # the first two are those of a sweep
     was, now = ({name: config.get(name) for name in others} | flat(config) for config in (old, new))
     for name in [f"model.{name}" for name in FROM_DATA]:
