@@ -243,13 +243,7 @@ def test_a_fit_of_real_data_is_finished_once_and_goes_on_for_more_epochs(run, mo
     assert capsys.readouterr().out == "1 of 1 runs are finished\n"
     assert command("comparison", [*args, "--trainer.max_epochs=2"]) == 0
     assert yaml.safe_load(Path("f/a/seed_0/result.yaml").read_text())["epochs"] == 2
-    assert (
-        command(
-            "comparison",
-            [*args, "--trainer.max_epochs=2", "--model.hidden_sizes=[13]"],
-        )
-        == 2
-    )
+    assert command("comparison", [*args, "--trainer.max_epochs=2", "--model.hidden_sizes=[13]"]) == 2
     assert "was trained with model.hidden_sizes=[12], not [13]" in capsys.readouterr().err
     again = shlex.split(Path("f/a/seed_0/log.txt").read_text().split("test them: ")[1].splitlines()[0])
     assert again[1:5] == ["-m", "lightning_danns", "test", "--config"]

@@ -148,9 +148,12 @@ class DaleModule(nn.Module):
                 "comma after a single one"
             )
         for name in self.nonnegative:
-            if not hasattr(self, name):
-                raise UsageError(f"{type(self).__name__}.nonnegative names {name!r}, which the layer has not")
-            parameter = getattr(self, name)
+            try:
+                parameter = getattr(self, name)
+            except AttributeError as error:
+                raise UsageError(
+                    f"{type(self).__name__}.nonnegative names {name!r}, which the layer has not"
+                ) from error
             if parameter is None:
                 continue
             if not isinstance(parameter, nn.Parameter):

@@ -64,9 +64,10 @@ class DaleLightningModule(pl.LightningModule):
         self.rates, self.weight_decay = rates, weight_decay
 
     def forward(self, x: Tensor) -> Tensor:
-        if getattr(self, "network", None) is None:
+        network = getattr(self, "network", None)
+        if network is None:
             raise UsageError(f"{type(self).__name__} has no self.network: set it in __init__, or override forward")
-        return self.network(x)
+        return network(x)
 
     def configure_model(self) -> None:
         """Under a `ModelParallelStrategy`, share each part of the network out among the processes (FSDP2)."""
