@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_danns.callbacks import CosineStepControl as CosineStepControl
     from lightning_danns.callbacks import DaleDiagnostics as DaleDiagnostics
     from lightning_danns.callbacks import DaleProjection as DaleProjection
+    from lightning_danns.callbacks import DecayToInhibition as DecayToInhibition
     from lightning_danns.callbacks import FisherMonitor as FisherMonitor
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
     from lightning_danns.callbacks import StandardisedStart as StandardisedStart
@@ -64,8 +65,8 @@ _ROOMS = {
     "layers": "ColumnEILinear DANNConv2d DANNLinear DaleBatchNorm1d DaleBatchNorm2d DaleModule project_ standardise_",
     "optim": "DiagonalNGD Sequential WarmupCosine fisher_param_groups fisher_ratios measured_factors",
     "callbacks": (
-        "Compiled CosineStepControl DaleDiagnostics DaleProjection FisherMonitor LayerGradientClipping "
-        "StandardisedStart StartFrom Unfreeze load_body_"
+        "Compiled CosineStepControl DaleDiagnostics DaleProjection DecayToInhibition FisherMonitor "
+        "LayerGradientClipping StandardisedStart StartFrom Unfreeze load_body_"
     ),
     "modules": (
         "Classification ColumnEIMLP ConvNet DANNConvNet DANNMLP DANNResNet DANNVGG DaleLightningModule "

@@ -17,6 +17,12 @@ SHARDED = [
 NETWORKS = {
     "mlp": ["--model=DANNMLP", "--model.hidden_sizes=[13]"],
     "balanced residual": ["--model=DANNResNet", "--model.balanced=true", "--model.weight_decay=0.01"],
+    "decay to inhibition": [
+        "--model=DANNMLP",
+        "--model.hidden_sizes=[13]",
+        "--model.weight_decay=0.3",
+        "--model.decay_to=inhibition",
+    ],
     "centred control": ["--model=ConvNet", "--model.channels=[5,6]", "--model.norm=centred"],
 }
 pytestmark = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 fails within torch 2.6")
@@ -43,7 +49,7 @@ def whole(parameter):
 
 
 @pytest.mark.parametrize("network", [
-    "mlp", *[pytest.param(name, marks=pytest.mark.slow) for name in ("balanced residual", "centred control")]
+    "mlp", *[pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "mlp"]
 ])  # fmt: skip
 def test_parts_train_resume_and_test_like_copies_under_ddp(folder, network):
     args = NETWORKS[network]

@@ -6,13 +6,14 @@ from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
 from lightning_danns.callbacks.projection import DaleProjection, refuse_unprojected
 from lightning_danns.callbacks.start import StandardisedStart
-from lightning_danns.callbacks.steps import CosineStepControl, LayerGradientClipping
+from lightning_danns.callbacks.steps import CosineStepControl, DecayToInhibition, LayerGradientClipping
 
 __all__ = [
     "Compiled",
     "CosineStepControl",
     "DaleDiagnostics",
     "DaleProjection",
+    "DecayToInhibition",
     "FisherMonitor",
     "LayerGradientClipping",
     "StandardisedStart",

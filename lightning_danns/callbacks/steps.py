@@ -1,4 +1,4 @@
-"""Rules that keep one layer's step within bounds."""
+"""Rules on gradients just before an optimizer's step: bounds on one layer's step, and decay to inhibition."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytorch_lightning as pl
 from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
-from lightning_danns.optim import check_cosine_rule, clip_layers_, limit_clamping_
+from lightning_danns.optim import check_cosine_rule, clip_layers_, decay_to_inhibition_, limit_clamping_
 
 
 class _StepControl(pl.Callback):
@@ -67,3 +67,23 @@ class CosineStepControl(_StepControl):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps, self._shortened = state_dict["steps"], state_dict["shortened"]
+
+
+class DecayToInhibition(_StepControl):
+    """Weight decay that leads excitatory weights to the inhibition that they meet (see `decay_to_inhibition_`).
+
+    A `DaleLightningModule` with ``decay_to="inhibition"`` attaches it itself.
+
+    Raises:
+        UsageError: gradients are scaled when it acts: a fused optimizer in float16.
+    """
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if trainer.precision == "16-mixed" and any(group.get("fused") for group in optimizer.param_groups):
+            raise UsageError(
+                "decay_to='inhibition' with a fused optimizer in 16-mixed, which is given scaled gradients: use "
+                "fused=False, or bf16-mixed"
+            )
+        decay_to_inhibition_(pl_module, optimizer)

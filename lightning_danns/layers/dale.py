@@ -67,6 +67,7 @@ class DaleModule(nn.Module):
         constants: what changes its computation, but no weight.
         balance: both totals of each unit, of a layer that can be balanced.
         in_balance: the weights that balance scales, for the forward pass of a balanced layer.
+        decays_to: what weight decay leads own parameters to, if not to 0.
         standardise_: changes z of each unit to (z - mean) / std, of a layer that can (`standardise_`).
         components, net_weight: for analysis (`lightning_danns.analysis`), if the layer has such parts.
 
@@ -128,6 +129,10 @@ class DaleModule(nn.Module):
         if part is None:
             raise UsageError(f"{type(self).__name__} has no balance(): nothing to bring into balance")
         return scale_rows(part.scaled, part.excitation / scalable(part.inhibition))
+
+    def decays_to(self) -> dict[str, Tensor]:
+        """What weight decay leads own excitatory parameters to, in their shape, where it is asked not to lead to 0."""
+        return {}
 
     def standardise_(self, mean: Tensor, std: Tensor) -> None:
         """Change own parameters so that z of each unit becomes (z - mean) / std; a layer that cannot leaves them."""

@@ -146,6 +146,13 @@ class DANN(DaleModule):
         return Balance(total(self.Wex), inhibition, self.Wei)
 
     @torch.no_grad()
+    def decays_to(self) -> dict[str, Tensor]:
+        """Wex to Wei Wix, the inhibition that each weight meets."""
+        Wei, Wix = (at_least_float32(weight).chunk(self.groups) for weight in (self.Wei, self.Wix))
+        of_groups = [onto @ of.flatten(1) for onto, of in zip(Wei, Wix, strict=True)]
+        return {"Wex": torch.cat(of_groups).view(self.Wex.shape).to(self.Wex.dtype)}
+
+    @torch.no_grad()
     def standardise_(self, mean: Tensor, std: Tensor) -> None:
         """z becomes (z - mean) / std by g and b; without division Wex and Wei take the place of g, which keeps balance.
 

@@ -11,14 +11,14 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_danns.callbacks import DaleProjection, FisherMonitor, refuse_unprojected
+from lightning_danns.callbacks import DaleProjection, DecayToInhibition, FisherMonitor, refuse_unprojected
 from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogged
 from lightning_danns.errors import UsageError
 from lightning_danns.modules.arguments import function_of, keep_plain, made_of, plain
 from lightning_danns.modules.resume import CONSTANTS, constants_of, refuse_compiled, refuse_misfit
 from lightning_danns.modules.schedule import scheduled, step_plateaus
 from lightning_danns.modules.shards import share_out
-from lightning_danns.optim import correction_of, fisher_optimizer, fisher_param_groups, measured
+from lightning_danns.optim import DecayTo, correction_of, fisher_optimizer, fisher_param_groups, measured
 
 
 class DaleLightningModule(pl.LightningModule):
@@ -35,6 +35,8 @@ class DaleLightningModule(pl.LightningModule):
             function from the module to factors by parameter name, or such factors.
         rates: base rates of parts of the module relative to the optimizer's, by prefix of name: ``{"network.0": 0.1}``.
         weight_decay: of weights alone, not of biases, gains and log gains; if not given, the optimizer's, of all.
+        decay_to: what it leads excitatory weights to: ``"zero"``, or ``"inhibition"``, that which each of them meets.
+            It is then Wex - Wei Wix that decays, as W of an ordinary layer (`DecayToInhibition`).
 
     Attributes:
         best: the metric by which one epoch is better than another, and whether it should be high (``"max"``) or low.
@@ -51,6 +53,7 @@ class DaleLightningModule(pl.LightningModule):
         correction: Any = "fisher",
         rates: dict[str, float] | None = None,
         weight_decay: float | None = None,
+        decay_to: DecayTo = "zero",
     ) -> None:
         super().__init__()
         by_default = optimizer is inspect.signature(DaleLightningModule).parameters["optimizer"].default
@@ -61,7 +64,7 @@ class DaleLightningModule(pl.LightningModule):
         self.optimizer_factory = made_of(optimizer, "optimizer", "partial(torch.optim.SGD, lr=0.1)")
         self.lr_scheduler_factory = lr_scheduler and made_of(lr_scheduler, "lr_scheduler", "WarmupCosine")
         self.correction = correction_of(function_of(correction, "correction", "'fisher'"))
-        self.rates, self.weight_decay = rates, weight_decay
+        self.rates, self.weight_decay, self.decay_to = rates, weight_decay, decay_to
 
     def forward(self, x: Tensor) -> Tensor:
         network = getattr(self, "network", None)
@@ -76,7 +79,9 @@ class DaleLightningModule(pl.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups with learning-rate factors; a subclass may return other ones (`fisher_param_groups`)."""
-        return fisher_param_groups(self, self.correction, rates=self.rates, weight_decay=self.weight_decay)
+        return fisher_param_groups(
+            self, self.correction, rates=self.rates, weight_decay=self.weight_decay, decay_to=self.decay_to
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the parameter groups, and its scheduler if one is given."""
@@ -94,8 +99,10 @@ class DaleLightningModule(pl.LightningModule):
         refuse_unlogged(self.trainer)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """`DaleProjection`, and `FisherMonitor` for measured factors, unless the Trainer has them already."""
-        wanted = [DaleProjection, *([FisherMonitor] if self.correction is measured else [])]
+        """`DaleProjection`, and where arguments ask for them `FisherMonitor` and `DecayToInhibition`; what the Trainer
+        has already is left out."""
+        asked = {FisherMonitor: self.correction is measured, DecayToInhibition: self.decay_to == "inhibition"}
+        wanted = [DaleProjection, *(kind for kind, is_asked in asked.items() if is_asked)]
         present = self.trainer.callbacks  # type: ignore[attr-defined]
         refuse_conflicts(self, present)
         return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in present)]

@@ -8,11 +8,12 @@ import pytorch_lightning as pl
 from lightning_danns.errors import UsageError
 from lightning_danns.layers.dale import dale_layers
 from lightning_danns.optim import fisher_optimizer, measured
+from lightning_danns.optim.groups import DECAY_TO_INHIBITION
 
 if TYPE_CHECKING:
     from lightning_danns.modules.base import DaleLightningModule
 
-KEPT = ("weight_decay", "momentum", "betas", "base_rate")
+KEPT = ("weight_decay", DECAY_TO_INHIBITION, "momentum", "betas", "base_rate")
 """Settings of a group that a resumed fit takes from its checkpoint, besides its rate."""
 
 CONSTANTS = "dale_constants"
@@ -95,8 +96,8 @@ def _refuse_other_optimizer(module: "DaleLightningModule", states: list[dict[str
     our_scales, their_scales = ({g["name"]: g["lr_scale"] for g in groups} for groups in (ours, theirs))
     if our_scales != their_scales and not (anew and our_scales.keys() == their_scales.keys()):
         raise UsageError(
-            f"the checkpoint was trained with other learning-rate factors: {len(their_scales)} groups there, "
-            f"{len(our_scales)} here. Resume with the same correction, {ANEW}"
+            f"the checkpoint was trained with other learning-rate factors or decay: {len(their_scales)} groups there, "
+            f"{len(our_scales)} here. Resume with the same correction and decay_to, {ANEW}"
         )
     for ours_, theirs_ in zip(ours, theirs, strict=True):
         changed = {key: (ours_.get(key), theirs_.get(key)) for key in KEPT if key in ours_ and key in theirs_}

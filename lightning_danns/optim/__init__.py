@@ -1,7 +1,9 @@
 """Learning rates of signed networks, in plain torch."""
 
 from lightning_danns.optim.corrections import Correction, correction_of, factors_of, fisher, measured, none
+from lightning_danns.optim.decay import decay_to_inhibition_
 from lightning_danns.optim.groups import (
+    DecayTo,
     change_factors_,
     fisher_optimizer,
     fisher_param_groups,
@@ -22,6 +24,7 @@ from lightning_danns.optim.steps import check_cosine_rule, clip_layers_, limit_c
 
 __all__ = [
     "Correction",
+    "DecayTo",
     "DiagonalNGD",
     "Likelihood",
     "Sequential",
@@ -31,6 +34,7 @@ __all__ = [
     "check_cosine_rule",
     "clip_layers_",
     "correction_of",
+    "decay_to_inhibition_",
     "factors_of",
     "fisher",
     "fisher_optimizer",

@@ -8,7 +8,7 @@ must therefore keep the ratios of their rates, whatever the rate of the base is.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import nn
@@ -21,6 +21,12 @@ from lightning_danns.optim.corrections import factors_of
 
 Groups = list[dict[str, Any]]
 
+DecayTo = Literal["zero", "inhibition"]
+"""What weight decay leads excitatory weights to: 0, or the inhibition that each of them meets."""
+
+DECAY_TO_INHIBITION = "decay_to_inhibition"
+"""The key of a group's decay to inhibition, which `lightning_danns.optim.decay_to_inhibition_` carries out."""
+
 
 def fisher_param_groups(
     model: nn.Module,
@@ -29,6 +35,7 @@ def fisher_param_groups(
     lr: float | None = None,
     rates: Mapping[str, float] | None = None,
     weight_decay: float | None = None,
+    decay_to: DecayTo = "zero",
 ) -> Groups:
     """Parameter groups with the learning-rate factors of ``correction``.
 
@@ -45,14 +52,18 @@ def fisher_param_groups(
             learns a tenth as fast as its head is ``{"body": 0.1}``. The longest key counts.
         weight_decay: decay of weights alone (parameters with two dimensions or more); 0 for all others. Not given:
             that of the optimizer for all.
+        decay_to: ``"inhibition"``: in layers that say so (`DaleModule.decays_to`), ``weight_decay`` leads excitatory
+            weights to the inhibition that they meet instead of 0, and inhibitory weights do not decay. Call
+            `decay_to_inhibition_` before each step; it adds that decay to the gradients.
 
     Returns:
         Groups with the keys ``name``, ``params``, ``lr_scale``, ``signed`` (names of those of its parameters that must
-        stay non-negative), ``base`` (the key of ``rates``), and ``base_rate``, ``lr``, ``weight_decay`` where given.
+        stay non-negative), ``base`` (the key of ``rates``), and ``base_rate``, ``lr``, ``weight_decay``,
+        ``decay_to_inhibition`` where given.
 
     Raises:
         UsageError: unknown correction or name, a factor or rate that is not positive and finite, a parameter shared by
-            layers that declare different factors for it, or nothing to train.
+            layers that declare different factors for it, nothing to train, or a decay to inhibition of unknown rate.
 
     Example:
         >>> from lightning_danns import DANNLinear
@@ -66,15 +77,20 @@ def fisher_param_groups(
     named = {parameters[name]: factor for name, factor in factors_of(model, correction).items()}
     signed = {parameter for _, layer in dale_layers(model) for _, parameter in layer.nonnegative_parameters()}
     rates = _checked_rates(rates or {}, parameters)
+    drawn, spared = _decaying_to_inhibition(model, decay_to, weight_decay)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         factor, base = named.get(parameter, 1.0), _base_of(name, rates)
-        decay = {} if weight_decay is None else {"weight_decay": weight_decay if parameter.dim() > 1 else 0.0}
+        decays = parameter.dim() > 1 and parameter not in spared
+        decay = {} if weight_decay is None else {"weight_decay": weight_decay if decays else 0.0}
+        if weight_decay is not None and parameter in drawn:
+            decay = {"weight_decay": 0.0, DECAY_TO_INHIBITION: weight_decay}
         group = name
         if factor == 1 and parameter not in named:
             suffix = "/no decay" if 0.0 in decay.values() else ""
+            suffix = "/decays to inhibition" if DECAY_TO_INHIBITION in decay else suffix
             group = (f"base of {base}" if base else "base") + suffix
             if group in parameters:
                 raise UsageError(f"a parameter is called {group!r}, like the group of all others: give it another name")
@@ -90,6 +106,21 @@ def fisher_param_groups(
         for group_ in groups.values():
             group_["lr"] = lr * group_.get("base_rate", 1.0) * group_["lr_scale"]
     return list(groups.values())
+
+
+def _decaying_to_inhibition(
+    model: nn.Module, decay_to: DecayTo, weight_decay: float | None
+) -> tuple[set[nn.Parameter], set[nn.Parameter]]:
+    """Parameters that decay to inhibition, and those of inhibition, which then do not decay."""
+    if decay_to not in get_args(DecayTo):
+        raise UsageError(f"decay_to={decay_to!r}: choose 'zero' or 'inhibition'")
+    if decay_to == "zero":
+        return set(), set()
+    if weight_decay is None:
+        raise UsageError("decay_to='inhibition' without weight_decay: say how strong it is, such as weight_decay=5e-4")
+    layers = [(layer, layer.decays_to()) for _, layer in dale_layers(model)]
+    drawn = {getattr(layer, name) for layer, targets in layers for name in targets}
+    return drawn, {getattr(layer, name) for layer, targets in layers if targets for name in layer.balancing}
 
 
 def _checked_rates(rates: Mapping[str, float], parameters: Mapping[str, Any]) -> Mapping[str, float]:

@@ -51,6 +51,8 @@ def make_replica(classifier: Any, data: dict[str, Any], seed: int, rate: float |
             f"{kind.__name__} has its own {', '.join(sorted(own) or ['optimization'])}, which replicas do not run: "
             "they train by step and loss alone (callbacks belong to the Trainer)"
         )
+    if replica.decay_to != "zero":
+        raise UsageError(f"decay_to={replica.decay_to!r}, which replicas do not know: use 'zero', or single runs")
     if replica.correction is measured:
         raise UsageError("correction='measured' measures one network, not many: use 'fisher', or single runs")
     if kind in (made, getattr(made, "func", None)) and not getattr(made, "args", ()):
