@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_danns.callbacks import LayerGradientClipping as LayerGradientClipping
     from lightning_danns.callbacks import StandardisedStart as StandardisedStart
     from lightning_danns.callbacks import StartFrom as StartFrom
+    from lightning_danns.callbacks import StrongStart as StrongStart
     from lightning_danns.callbacks import Unfreeze as Unfreeze
     from lightning_danns.callbacks import load_body_ as load_body_
     from lightning_danns.data import CIFAR10DataModule as CIFAR10DataModule
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_danns.layers import DANNLinear as DANNLinear
     from lightning_danns.layers import project_ as project_
     from lightning_danns.layers import standardise_ as standardise_
+    from lightning_danns.layers import strengthen_ as strengthen_
     from lightning_danns.modules import DANNMLP as DANNMLP
     from lightning_danns.modules import DANNVGG as DANNVGG
     from lightning_danns.modules import MLP as MLP
@@ -62,11 +64,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "layers": "ColumnEILinear DANNConv2d DANNLinear DaleBatchNorm1d DaleBatchNorm2d DaleModule project_ standardise_",
+    "layers": (
+        "ColumnEILinear DANNConv2d DANNLinear DaleBatchNorm1d DaleBatchNorm2d DaleModule project_ standardise_ "
+        "strengthen_"
+    ),
     "optim": "DiagonalNGD Sequential WarmupCosine fisher_param_groups fisher_ratios measured_factors",
     "callbacks": (
         "Compiled CosineStepControl DaleDiagnostics DaleProjection DecayToInhibition FisherMonitor "
-        "LayerGradientClipping StandardisedStart StartFrom Unfreeze load_body_"
+        "LayerGradientClipping StandardisedStart StartFrom StrongStart Unfreeze load_body_"
     ),
     "modules": (
         "Classification ColumnEIMLP ConvNet DANNConvNet DANNMLP DANNResNet DANNVGG DaleLightningModule "

@@ -5,7 +5,7 @@ from lightning_danns.callbacks.conflicts import refuse_conflicts, refuse_unlogge
 from lightning_danns.callbacks.finetuning import StartFrom, Unfreeze, load_body_
 from lightning_danns.callbacks.monitoring import DaleDiagnostics, FisherMonitor
 from lightning_danns.callbacks.projection import DaleProjection, refuse_unprojected
-from lightning_danns.callbacks.start import StandardisedStart
+from lightning_danns.callbacks.start import StandardisedStart, StrongStart
 from lightning_danns.callbacks.steps import CosineStepControl, DecayToInhibition, LayerGradientClipping
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "LayerGradientClipping",
     "StandardisedStart",
     "StartFrom",
+    "StrongStart",
     "Unfreeze",
     "load_body_",
     "refuse_conflicts",

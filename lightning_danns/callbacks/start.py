@@ -1,4 +1,4 @@
-"""A network that starts from its first batch."""
+"""Starts of a new network: from its first batch, or with stronger excitation and inhibition."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_danns.errors import UsageError
-from lightning_danns.layers import dale_layers, standardise_
+from lightning_danns.layers import dale_layers, standardise_, strengthen_
 
 
 class StandardisedStart(pl.Callback):
@@ -27,13 +27,7 @@ class StandardisedStart(pl.Callback):
     ) -> None:
         if trainer.global_step or batch_idx:
             return
-        for name, layer in dale_layers(pl_module):
-            b = getattr(layer, "b", None)
-            if isinstance(b, Tensor) and bool((b != 0).any()):
-                raise UsageError(
-                    f"{name}.b is not 0, so the network is not new: StandardisedStart would change what it computes. "
-                    "Leave the callback out"
-                )
+        _refuse_trained(pl_module, self)
         x = trainer.precision_plugin.convert_input(batch if isinstance(batch, Tensor) else batch[0])
 
         def over_processes(values: Tensor) -> Tensor:
@@ -41,3 +35,36 @@ class StandardisedStart(pl.Callback):
 
         with trainer.precision_plugin.forward_context():
             standardise_(pl_module, x, over_processes)
+
+
+class StrongStart(pl.Callback):
+    """Starts a new network with stronger excitation and inhibition, which cancel (`strengthen_`).
+
+        python train.py fit --config configs/cifar10/dann_resnet20_batchnorm.yaml --trainer.callbacks+=StrongStart
+
+    A fit that goes on is past its first step, and is left alone. Factors that are measured are those of the network as
+    it was made. Give it before `StandardisedStart`.
+
+    Raises:
+        UsageError: the network was trained or standardised already, so that a layer's b is not 0; see `strengthen_`.
+    """
+
+    def __init__(self, factor: float = 2.0) -> None:
+        self.factor = factor
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not trainer.global_step and not batch_idx:
+            _refuse_trained(pl_module, self)
+            strengthen_(pl_module, self.factor)
+
+
+def _refuse_trained(module: pl.LightningModule, start: pl.Callback) -> None:
+    for name, layer in dale_layers(module):
+        b = getattr(layer, "b", None)
+        if isinstance(b, Tensor) and bool((b != 0).any()):
+            raise UsageError(
+                f"{name}.b is not 0, so the network is not new: {type(start).__name__} is for new ones. Leave the "
+                "callback out"
+            )

@@ -17,6 +17,7 @@ from lightning_danns.layers.dale import (
 from lightning_danns.layers.dann_conv import DANNConv2d
 from lightning_danns.layers.dann_linear import DANNLinear
 from lightning_danns.layers.standardise import standardise_
+from lightning_danns.layers.strength import strengthen_
 
 __all__ = [
     "Balance",
@@ -34,5 +35,6 @@ __all__ = [
     "refuse_negative_inputs",
     "sign_violations",
     "standardise_",
+    "strengthen_",
     "unobservable",
 ]

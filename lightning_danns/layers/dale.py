@@ -69,6 +69,7 @@ class DaleModule(nn.Module):
         in_balance: the weights that balance scales, for the forward pass of a balanced layer.
         decays_to: what weight decay leads own parameters to, if not to 0.
         standardise_: changes z of each unit to (z - mean) / std, of a layer that can (`standardise_`).
+        strengthen_: makes excitation and inhibition stronger by as much, of a layer that can (`strengthen_`).
         components, net_weight: for analysis (`lightning_danns.analysis`), if the layer has such parts.
 
     Example:
@@ -136,6 +137,10 @@ class DaleModule(nn.Module):
 
     def standardise_(self, mean: Tensor, std: Tensor) -> None:
         """Change own parameters so that z of each unit becomes (z - mean) / std; a layer that cannot leaves them."""
+
+    def strengthen_(self, factor: float) -> None:
+        """Make inhibition ``factor`` times as strong and excitation by as much stronger, so that they cancel; a layer
+        that cannot leaves them."""
 
     def components(self, x: Tensor) -> DANNComponents | None:
         """Every part of the computation for input ``x``, for analysis; None if the layer does not tell."""

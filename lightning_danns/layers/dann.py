@@ -163,6 +163,14 @@ class DANN(DaleModule):
         if self.b is not None:
             self.b.sub_(mean).div_(std)
 
+    @torch.no_grad()
+    def strengthen_(self, factor: float) -> None:
+        """Wix times ``factor``, what that inhibits more added to Wex, and exp(alpha) divided by ``factor``: z stays."""
+        self.Wex.add_(self.decays_to()["Wex"], alpha=factor - 1)
+        self.Wix.mul_(factor)
+        if self.alpha is not None:
+            self.alpha.sub_(math.log(factor))
+
     def lr_factors(self) -> dict[str, float]:
         """Fisher corrections: Wix 1/√ne, Wei 1/d, alpha 1/(d √ne); Wex, g and b keep 1.
 
