@@ -12,11 +12,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_danns import (
     DANNMLP,
+    ColumnEILinear,
+    CosineStepControl,
     DaleModule,
+    DaleProjection,
     DANNConv2d,
     DANNLinear,
     DANNResNet,
     DecayToInhibition,
+    DiagonalNGD,
     ReplicatedClassifier,
     UsageError,
     fisher_param_groups,
@@ -82,6 +86,43 @@ def test_net_weights_decay_like_those_of_an_ordinary_layer(kind):
     assert not imbalances(layer)
 
 
+OPTIMIZERS = {
+    "Adam": functools.partial(torch.optim.Adam, lr=0.01),
+    "AdamW": functools.partial(torch.optim.AdamW, lr=0.01),
+    "decoupled NAdam": functools.partial(torch.optim.NAdam, lr=0.01, decoupled_weight_decay=True),
+    "RMSprop": functools.partial(torch.optim.RMSprop, lr=0.01),
+    "ascent": functools.partial(SGD, lr=0.01, maximize=True),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_net_weights_decay_as_each_optimizer_decays_an_ordinary_layers(kind):
+    """Under the same gradients, if inhibition stands still."""
+    torch.manual_seed(1)
+    layer = DANNLinear(9, 6, 3, divisive=False, bias=False).double()
+    layer.Wex.data.add_(1)
+    layer.Wix.requires_grad_(False)
+    layer.Wei.requires_grad_(False)
+    ordinary = nn.Linear(9, 6, bias=False).double()
+    ordinary.weight = nn.Parameter(layer.net_weight().detach().clone())
+    ours = OPTIMIZERS[kind](fisher_param_groups(layer, weight_decay=0.3, decay_to="inhibition"))
+    theirs = OPTIMIZERS[kind](ordinary.parameters(), weight_decay=0.3)
+    for k in range(5):
+        gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(k)).double()
+        layer.Wex.grad, ordinary.weight.grad = gradient.clone(), gradient
+        decay_to_inhibition_(layer, ours)
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(layer.net_weight(), ordinary.weight, rtol=1e-9, atol=1e-11)
+
+
+def test_an_optimizer_whose_decay_is_unknown_is_refused():
+    layer = with_zero_gradients(DANNLinear(6, 5, 2))
+    groups = fisher_param_groups(layer, "none", weight_decay=0.1, decay_to="inhibition")
+    with pytest.raises(UsageError, match="how DiagonalNGD decays"):
+        decay_to_inhibition_(layer, DiagonalNGD(groups, lr=0.1))
+
+
 @settings(deadline=None, max_examples=100)
 @given(kind=st.sampled_from(sorted(MAKERS)), balanced=st.booleans(), seed=st.integers(0, 10**6),
        exponent=st.floats(-3, 3), decay=st.sampled_from([0.0, 0.01, 10.0]))  # fmt: skip
@@ -114,9 +155,11 @@ def test_excitation_decays_to_inhibition_and_other_weights_to_0_but_inhibition_d
 
 def test_without_it_groups_are_what_they_were():
     model = DANNLinear(6, 5, 2)
-    assert fisher_param_groups(model, weight_decay=0.01) == fisher_param_groups(
-        model, weight_decay=0.01, decay_to="zero"
-    )
+    groups = fisher_param_groups(model, weight_decay=0.01)
+    assert {group["name"]: group["weight_decay"] for group in groups} == {
+        "base": 0.01, "base/no decay": 0.0, "Wix": 0.01, "Wei": 0.01, "alpha": 0.0
+    }  # fmt: skip
+    assert not any("decay_to_inhibition" in group for group in groups)
     with_zero_gradients(model)
     decay_to_inhibition_(model, SGD(fisher_param_groups(model, lr=0.1, weight_decay=0.01)))
     assert not any(parameter.grad.any() for parameter in model.parameters())
@@ -217,12 +260,71 @@ def test_residual_nets_and_a_trainer_that_has_the_callback_already(make_trainer)
 def test_wrong_use_is_refused(batches, make_trainer):
     with pytest.raises(UsageError, match="decay_to='nothing'"):
         fisher_param_groups(DANNLinear(4, 3, 1), weight_decay=0.1, decay_to="nothing")
+    for rate in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=f"weight_decay={rate}"):
+            fisher_param_groups(DANNLinear(4, 3, 1), weight_decay=rate)
+    for model in (nn.Linear(4, 3), ColumnEILinear(4, 3, 1)):
+        with pytest.raises(UsageError, match=f"no layer of {type(model).__name__} has inhibition"):
+            fisher_param_groups(model, weight_decay=0.1, decay_to="inhibition")
+    shared = nn.Sequential(DANNLinear(6, 6, 2), DANNLinear(6, 6, 2))
+    shared[1].Wex = shared[0].Wex
+    with pytest.raises(UsageError, match="share excitatory weights"):
+        fisher_param_groups(shared, weight_decay=0.1, decay_to="inhibition")
     with pytest.raises(UsageError, match="without weight_decay"):
         make_trainer().fit(small(weight_decay=None), batches)
     with pytest.raises(UsageError, match=r"gradient_clip_val=0\.5"):
         make_trainer(gradient_clip_val=0.5).fit(small(), batches)
     with pytest.raises(UsageError, match="decay_to='inhibition', which replicas do not know"):
         ReplicatedClassifier(small, seeds=[0, 1], learning_rates=[0.1])
+
+
+class WithoutSuper(DANNMLP):
+    def configure_callbacks(self):
+        return [DaleProjection()]
+
+
+def test_a_decay_that_would_not_happen_is_refused(batches, make_trainer):
+    torch.manual_seed(0)
+    options = {"input_shape": (1, 4, 4), "num_classes": 4, "hidden_sizes": [8], "weight_decay": 0.1}
+    with pytest.raises(UsageError, match="nothing carries that out"):
+        make_trainer().fit(WithoutSuper(**options, decay_to="inhibition"), batches)
+    with pytest.raises(UsageError, match="DecayToInhibition has nothing to do"):
+        make_trainer(callbacks=[DecayToInhibition()]).fit(small(decay_to="zero"), batches)
+    with pytest.raises(UsageError, match="two callbacks DecayToInhibition"):
+        make_trainer(callbacks=[DecayToInhibition(), DecayToInhibition()]).fit(small(), batches)
+    plain = small(optimizer=functools.partial(SGD, lr=0.1))
+    with pytest.raises(UsageError, match="plain SGD"):
+        make_trainer(callbacks=[CosineStepControl(0.1)]).fit(plain, batches)
+
+
+class ByHand(DANNMLP):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_manual_optimization_decays_alike(batches, make_trainer):
+    options = {
+        "input_shape": (1, 4, 4), "num_classes": 4, "hidden_sizes": [8], "weight_decay": 0.1,
+        "decay_to": "inhibition", "optimizer": functools.partial(SGD, lr=0.1, momentum=0.9),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    by_hand = ByHand(**options)
+    make_trainer().fit(by_hand, batches)
+    usual = small()
+    make_trainer().fit(usual, batches)
+    assert all(torch.equal(a, b) for a, b in zip(by_hand.parameters(), usual.parameters(), strict=True))
+
+
+def test_autocast_does_not_round_it(layer):
+    half = layer.float()
+    exact = half.decays_to()["Wex"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(half.decays_to()["Wex"], exact)
 
 
 def test_scaled_gradients_are_refused(make_trainer):

@@ -65,6 +65,24 @@ def test_impossible_factors_are_refused(factor):
         strengthen_(DANNLinear(9, 6, 2), factor)
 
 
+def test_a_layer_that_lost_its_balance_is_balanced_first():
+    layer, x = DANNLinear(9, 6, 2, balanced=True).double(), torch.rand(4, 9, dtype=torch.float64)
+    layer.Wei.data.mul_(1.5)
+    was = layer(x)
+    strengthen_(layer, 3)
+    torch.testing.assert_close(layer(x), was, rtol=1e-9, atol=1e-10)
+
+
+def test_shared_and_parametrized_weights_are_refused():
+    model = nn.Sequential(DANNLinear(6, 6, 2), DANNLinear(6, 6, 2))
+    model[1].Wix = model[0].Wix
+    with pytest.raises(UsageError, match="share weights"):
+        strengthen_(model)
+    layer = nn.utils.parametrizations.weight_norm(DANNLinear(6, 6, 2), "Wix")
+    with pytest.raises(UsageError, match="no parameter of its own"):
+        strengthen_(layer)
+
+
 def test_networks_without_inhibition_are_refused():
     with pytest.raises(UsageError, match="Linear has no layer"):
         strengthen_(nn.Linear(3, 3))
@@ -101,9 +119,11 @@ def test_a_fit_starts_strong_and_goes_on_as_it_would_have(batches, make_trainer,
         make_trainer(callbacks=[StrongStart(3)]).fit(halved, batches)
 
 
-def test_it_goes_before_a_standardised_start(batches, make_trainer):
-    model = make()
-    make_trainer(callbacks=[StrongStart(), StandardisedStart()]).fit(model, batches)
-    assert_dale(model)
-    with pytest.raises(UsageError, match="StrongStart is for new ones"):
-        make_trainer(callbacks=[StandardisedStart(), StrongStart()]).fit(make(), batches)
+def test_beside_a_standardised_start_in_any_order_and_not_twice(batches, make_trainer):
+    models = [make(), make()]
+    make_trainer(callbacks=[StrongStart(), StandardisedStart()]).fit(models[0], batches)
+    make_trainer(callbacks=[StandardisedStart(), StrongStart()]).fit(models[1], batches)
+    assert_dale(models[0])
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    with pytest.raises(UsageError, match="two callbacks StrongStart"):
+        make_trainer(callbacks=[StrongStart(), StrongStart()]).fit(make(), batches)

@@ -62,6 +62,12 @@ def refuse_groups_without_factors(optimizer: Optimizer, module: pl.LightningModu
                 )
 
 
+def refuse_twice(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Refuse a callback of a kind that the Trainer has already: both would act."""
+    if sum(type(other) is type(callback) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise UsageError(f"the Trainer has two callbacks {type(callback).__name__}, and both would act: leave one out")
+
+
 def refuse_unlogged(trainer: pl.Trainer) -> None:
     """Refuse to stop early by a metric that a whole epoch of training and validation has not logged."""
     if trainer.check_val_every_n_epoch != 1 or trainer.val_check_interval != 1.0 or not trainer.is_last_batch:

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_danns.callbacks.conflicts import refuse_frozen_by_finetuning, refuse_groups_without_factors
+from lightning_danns.callbacks.steps import DecayToInhibition
 from lightning_danns.errors import DivergedError, UsageError
 from lightning_danns.layers import dale_layers, imbalances, project_, refuse_negative_inputs, sign_violations
-from lightning_danns.optim import require_factors
+from lightning_danns.optim import DECAY_TO_INHIBITION, require_factors
 
 _START = (
     "weights that must be >= 0 are not: {}. Apply lightning_danns.project_(model), or start from weights that were "
@@ -85,6 +86,7 @@ class DaleProjection(pl.Callback):
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # catches whatever sets rates from outside: averaging, finetuning, the Tuner, own callbacks
             refuse_groups_without_factors(optimizer, pl_module)
+            _refuse_undecayed(optimizer, pl_module)
             require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -157,6 +159,16 @@ class DaleProjection(pl.Callback):
 MENDED = 0.03
 """Imbalance that is mended when a stage starts, because averages of balanced weights, and weights made in another
 precision, may have it. The worst unit of a network that was never balanced is further off."""
+
+
+def _refuse_undecayed(optimizer: Optimizer, module: pl.LightningModule) -> None:
+    if any(DECAY_TO_INHIBITION in group for group in optimizer.param_groups):
+        callbacks = module.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, DecayToInhibition) for callback in callbacks):
+            raise UsageError(
+                "groups of the optimizer decay to inhibition, but nothing carries that out: give the Trainer "
+                "lightning_danns.DecayToInhibition (your own configure_callbacks must return those of super() too)"
+            )
 
 
 def _nothing() -> None: ...  # no lambda, because processes that are spawned get a copy

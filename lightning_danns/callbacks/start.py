@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_danns.callbacks.conflicts import refuse_twice
 from lightning_danns.errors import UsageError
 from lightning_danns.layers import dale_layers, standardise_, strengthen_
 
@@ -42,20 +43,20 @@ class StrongStart(pl.Callback):
 
         python train.py fit --config configs/cifar10/dann_resnet20_batchnorm.yaml --trainer.callbacks+=StrongStart
 
-    A fit that goes on is past its first step, and is left alone. Factors that are measured are those of the network as
-    it was made. Give it before `StandardisedStart`.
+    It acts as training starts, before a first batch and what that measures. A fit that goes on is past its first step,
+    and is left alone.
 
     Raises:
-        UsageError: the network was trained or standardised already, so that a layer's b is not 0; see `strengthen_`.
+        UsageError: the network was trained or standardised already, so that a layer's b is not 0; there are two of this
+            callback; see `strengthen_`.
     """
 
     def __init__(self, factor: float = 2.0) -> None:
         self.factor = factor
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if not trainer.global_step and not batch_idx:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_twice(trainer, self)
+        if not trainer.global_step:
             _refuse_trained(pl_module, self)
             strengthen_(pl_module, self.factor)
 

@@ -5,8 +5,15 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.optim import Optimizer
 
+from lightning_danns.callbacks.conflicts import refuse_twice
 from lightning_danns.errors import UsageError
-from lightning_danns.optim import check_cosine_rule, clip_layers_, decay_to_inhibition_, limit_clamping_
+from lightning_danns.optim import (
+    DECAY_TO_INHIBITION,
+    check_cosine_rule,
+    clip_layers_,
+    decay_to_inhibition_,
+    limit_clamping_,
+)
 
 
 class _StepControl(pl.Callback):
@@ -69,14 +76,31 @@ class CosineStepControl(_StepControl):
         self._steps, self._shortened = state_dict["steps"], state_dict["shortened"]
 
 
-class DecayToInhibition(_StepControl):
+class DecayToInhibition(pl.Callback):
     """Weight decay that leads excitatory weights to the inhibition that they meet (see `decay_to_inhibition_`).
 
-    A `DaleLightningModule` with ``decay_to="inhibition"`` attaches it itself.
+    A `DaleLightningModule` with ``decay_to="inhibition"`` attaches it itself. Under manual optimization it acts on the
+    steps of ``self.optimizers()``, as all such callbacks do.
 
     Raises:
-        UsageError: gradients are scaled when it acts: a fused optimizer in float16.
+        UsageError: no group of the optimizers decays to inhibition; the Trainer clips gradients, the decay with them;
+            there are two of this callback; or gradients are scaled when it acts (a fused optimizer in float16).
     """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refuse_twice(trainer, self)
+        if trainer.gradient_clip_val:
+            raise UsageError(
+                f"decay_to='inhibition' with gradient_clip_val={trainer.gradient_clip_val}, which would clip the decay "
+                "too: use LayerGradientClipping"
+            )
+        if not any(
+            DECAY_TO_INHIBITION in group for optimizer in trainer.optimizers for group in optimizer.param_groups
+        ):
+            raise UsageError(
+                "DecayToInhibition has nothing to do: no group of the optimizers decays to inhibition. Give the module "
+                "decay_to='inhibition', or fisher_param_groups where you make groups of your own"
+            )
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

@@ -149,7 +149,8 @@ class DANN(DaleModule):
     def decays_to(self) -> dict[str, Tensor]:
         """Wex to Wei Wix, the inhibition that each weight meets."""
         Wei, Wix = (at_least_float32(weight).chunk(self.groups) for weight in (self.Wei, self.Wix))
-        of_groups = [onto @ of.flatten(1) for onto, of in zip(Wei, Wix, strict=True)]
+        with without_autocast(self.Wex):
+            of_groups = [onto @ of.flatten(1) for onto, of in zip(Wei, Wix, strict=True)]
         return {"Wex": torch.cat(of_groups).view(self.Wex.shape).to(self.Wex.dtype)}
 
     @torch.no_grad()
@@ -166,6 +167,8 @@ class DANN(DaleModule):
     @torch.no_grad()
     def strengthen_(self, factor: float) -> None:
         """Wix times ``factor``, what that inhibits more added to Wex, and exp(alpha) divided by ``factor``: z stays."""
+        if self.balanced:
+            balance_(self)
         self.Wex.add_(self.decays_to()["Wex"], alpha=factor - 1)
         self.Wix.mul_(factor)
         if self.alpha is not None:

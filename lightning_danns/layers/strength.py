@@ -11,7 +11,7 @@ from lightning_danns.layers.dale import DaleModule, dale_layers
 
 @torch.no_grad()
 def strengthen_(model: nn.Module, factor: float = 2.0) -> None:
-    """Make inhibition ``factor`` times as strong, and excitation by as much stronger: every z stays what it was.
+    """Make inhibition ``factor`` times as strong, and excitation by as much stronger: every z stays, but for rounding.
 
         Wex   <- Wex + (factor - 1) Wei Wix
         Wix   <- factor Wix
@@ -26,7 +26,8 @@ def strengthen_(model: nn.Module, factor: float = 2.0) -> None:
         factor: at least 1, which leaves the weights as they are.
 
     Raises:
-        UsageError: a factor below 1 or not finite, or a model without a layer that can become stronger.
+        UsageError: a factor below 1 or not finite, a model without a layer that can become stronger, or one whose
+            layers share weights.
 
     Example:
         >>> from lightning_danns import DANNLinear
@@ -41,5 +42,8 @@ def strengthen_(model: nn.Module, factor: float = 2.0) -> None:
     able = [layer for _, layer in dale_layers(model) if type(layer).strengthen_ is not DaleModule.strengthen_]
     if not able:
         raise UsageError(f"{type(model).__name__} has no layer of excitation and inhibition that could be strengthened")
+    owned = [parameter for layer in able for _, parameter in layer.nonnegative_parameters()]
+    if len(set(owned)) < len(owned):
+        raise UsageError("two layers of this model share weights, which cannot become stronger for each by itself")
     for layer in able:
         layer.strengthen_(factor)

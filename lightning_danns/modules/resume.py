@@ -7,8 +7,7 @@ import pytorch_lightning as pl
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers.dale import dale_layers
-from lightning_danns.optim import fisher_optimizer, measured
-from lightning_danns.optim.groups import DECAY_TO_INHIBITION
+from lightning_danns.optim import DECAY_TO_INHIBITION, fisher_optimizer, measured
 
 if TYPE_CHECKING:
     from lightning_danns.modules.base import DaleLightningModule

@@ -3,6 +3,7 @@
 from lightning_danns.optim.corrections import Correction, correction_of, factors_of, fisher, measured, none
 from lightning_danns.optim.decay import decay_to_inhibition_
 from lightning_danns.optim.groups import (
+    DECAY_TO_INHIBITION,
     DecayTo,
     change_factors_,
     fisher_optimizer,
@@ -23,6 +24,7 @@ from lightning_danns.optim.schedules import Sequential, WarmupCosine, rehearse
 from lightning_danns.optim.steps import check_cosine_rule, clip_layers_, limit_clamping_
 
 __all__ = [
+    "DECAY_TO_INHIBITION",
     "Correction",
     "DecayTo",
     "DiagonalNGD",

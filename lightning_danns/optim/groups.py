@@ -7,6 +7,7 @@ must therefore keep the ratios of their rates, whatever the rate of the base is.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -63,7 +64,8 @@ def fisher_param_groups(
 
     Raises:
         UsageError: unknown correction or name, a factor or rate that is not positive and finite, a parameter shared by
-            layers that declare different factors for it, nothing to train, or a decay to inhibition of unknown rate.
+            layers that declare different factors for it, nothing to train, a decay that is negative or not finite, or
+            one to an inhibition that is not there.
 
     Example:
         >>> from lightning_danns import DANNLinear
@@ -77,6 +79,8 @@ def fisher_param_groups(
     named = {parameters[name]: factor for name, factor in factors_of(model, correction).items()}
     signed = {parameter for _, layer in dale_layers(model) for _, parameter in layer.nonnegative_parameters()}
     rates = _checked_rates(rates or {}, parameters)
+    if weight_decay is not None and not 0 <= weight_decay < math.inf:
+        raise UsageError(f"weight_decay={weight_decay}: it must be at least 0, and finite")
     drawn, spared = _decaying_to_inhibition(model, decay_to, weight_decay)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -119,8 +123,12 @@ def _decaying_to_inhibition(
     if weight_decay is None:
         raise UsageError("decay_to='inhibition' without weight_decay: say how strong it is, such as weight_decay=5e-4")
     layers = [(layer, layer.decays_to()) for _, layer in dale_layers(model)]
-    drawn = {getattr(layer, name) for layer, targets in layers for name in targets}
-    return drawn, {getattr(layer, name) for layer, targets in layers if targets for name in layer.balancing}
+    drawn = Counter(getattr(layer, name) for layer, targets in layers for name in targets)
+    if not drawn:
+        raise UsageError(f"decay_to='inhibition': no layer of {type(model).__name__} has inhibition to decay to")
+    if max(drawn.values()) > 1:
+        raise UsageError("decay_to='inhibition': two layers share excitatory weights, but not what inhibits them")
+    return set(drawn), {getattr(layer, name) for layer, targets in layers if targets for name in layer.balancing}
 
 
 def _checked_rates(rates: Mapping[str, float], parameters: Mapping[str, Any]) -> Mapping[str, float]:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lightning_danns.errors import UsageError
 from lightning_danns.layers.dale import dale_layers
-from lightning_danns.optim.groups import group_of_parameters
+from lightning_danns.optim.groups import DECAY_TO_INHIBITION, group_of_parameters
 
 
 @torch.no_grad()
@@ -58,8 +58,9 @@ def limit_clamping_(model: nn.Module, optimizer: Optimizer, epsilon: float, halv
         UsageError: another optimizer, momentum or weight decay; epsilon out of range.
     """
     check_cosine_rule(epsilon, halvings)
-    plain = ("momentum", "weight_decay", "maximize")
-    if not isinstance(optimizer, torch.optim.SGD) or any(g[option] for g in optimizer.param_groups for option in plain):
+    plain = ("momentum", "weight_decay", "maximize", DECAY_TO_INHIBITION)
+    groups_options = [group.get(option) for group in optimizer.param_groups for option in plain]
+    if not isinstance(optimizer, torch.optim.SGD) or any(groups_options):
         raise UsageError(
             f"the cosine rule predicts steps of plain SGD, not of {type(optimizer).__name__} with momentum, weight "
             "decay or other rules: use torch.optim.SGD with lr alone"
