@@ -212,6 +212,12 @@ def test_a_correction_of_ones_own_is_a_function_from_the_model(model):
     assert {name for name, factor in factors.items() if factor != 1} == {"0.Wix", "4.Wix"}
 
 
+def test_steady_inhibition_slows_the_weights_onto_interneurons_alone(model):
+    published, steady = (factor_by_name(model, fisher_param_groups(model, kind)) for kind in ("fisher", "steady"))
+    changed = {name: steady[name] / factor for name, factor in published.items() if steady[name] != factor}
+    assert changed == {"0.Wix": pytest.approx(0.01), "4.Wix": pytest.approx(0.01)}
+
+
 @pytest.mark.parametrize("warmup", [0, 3, 0.25])
 def test_warmup_and_cosine_scale_every_rate_alike(model, warmup):
     optimizer = fisher_optimizer(SGD, fisher_param_groups(model))

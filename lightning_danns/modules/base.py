@@ -31,8 +31,9 @@ class DaleLightningModule(pl.LightningModule):
         optimizer: a function from parameter groups to a torch optimizer: ``partial(torch.optim.SGD, lr=0.1)``.
         lr_scheduler: a function from an optimizer to a scheduler; stepped once an epoch unless it has an attribute
             ``interval = "step"``. An argument ``total`` that it lacks is the length of the fit.
-        correction: learning-rate factors: ``"fisher"`` (published), ``"measured"`` on the first batch, ``"none"``, a
-            function from the module to factors by parameter name, or such factors.
+        correction: learning-rate factors: ``"fisher"`` (published), ``"steady"`` (these, Wix slower still),
+            ``"measured"`` on the first batch, ``"none"``, a function from the module to factors by parameter name, or
+            such factors.
         rates: base rates of parts of the module relative to the optimizer's, by prefix of name: ``{"network.0": 0.1}``.
         weight_decay: of weights alone, not of biases, gains and log gains; if not given, the optimizer's, of all.
         decay_to: what it leads excitatory weights to: ``"zero"``, or ``"inhibition"``, that which each of them meets.

@@ -1,6 +1,6 @@
 """Learning rates of signed networks, in plain torch."""
 
-from lightning_danns.optim.corrections import Correction, correction_of, factors_of, fisher, measured, none
+from lightning_danns.optim.corrections import Correction, correction_of, factors_of, fisher, measured, none, steady
 from lightning_danns.optim.decay import decay_to_inhibition_
 from lightning_danns.optim.groups import (
     DECAY_TO_INHIBITION,
@@ -51,4 +51,5 @@ __all__ = [
     "reference_parameter",
     "rehearse",
     "require_factors",
+    "steady",
 ]

@@ -45,8 +45,8 @@ def fisher_param_groups(
 
     Args:
         model: any module.
-        correction: ``"fisher"``, the factors that the layers declare; ``"none"``; a function from a model to factors
-            by qualified parameter name; or such factors (`lightning_danns.optim.corrections`).
+        correction: ``"fisher"``, the factors that the layers declare; ``"steady"``; ``"none"``; a function from a model
+            to factors by qualified parameter name; or such factors (`lightning_danns.optim.corrections`).
         lr: base learning rate; the groups are then ready for any torch optimizer. Without it they carry no ``lr``, and
             `fisher_optimizer` scales that of the optimizer.
         rates: for parameters whose name starts with a key, the rate of their base relative to ``lr``: a body that
