@@ -86,12 +86,12 @@ class DaleProjection(pl.Callback):
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # catches whatever sets rates from outside: averaging, finetuning, the Tuner, own callbacks
             refuse_groups_without_factors(optimizer, pl_module)
-            _refuse_undecayed(optimizer, pl_module)
             require_factors(optimizer, "something outside configure_optimizers (a callback or the Tuner)")
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self.project(pl_module)
 
+        _refuse_undecayed(optimizer, pl_module)
         before(optimizer, (), {})
         self._hooks[optimizer] = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 

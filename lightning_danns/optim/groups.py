@@ -55,7 +55,7 @@ def fisher_param_groups(
             that of the optimizer for all.
         decay_to: ``"inhibition"``: in layers that say so (`DaleModule.decays_to`), ``weight_decay`` leads excitatory
             weights to the inhibition that they meet instead of 0, and inhibitory weights do not decay. Call
-            `decay_to_inhibition_` before each step; it adds that decay to the gradients.
+            `decay_to_inhibition_` before each step, which carries that out.
 
     Returns:
         Groups with the keys ``name``, ``params``, ``lr_scale``, ``signed`` (names of those of its parameters that must

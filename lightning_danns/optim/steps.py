@@ -59,8 +59,8 @@ def limit_clamping_(model: nn.Module, optimizer: Optimizer, epsilon: float, halv
     """
     check_cosine_rule(epsilon, halvings)
     plain = ("momentum", "weight_decay", "maximize", DECAY_TO_INHIBITION)
-    groups_options = [group.get(option) for group in optimizer.param_groups for option in plain]
-    if not isinstance(optimizer, torch.optim.SGD) or any(groups_options):
+    rules = [group.get(option) for group in optimizer.param_groups for option in plain]
+    if not isinstance(optimizer, torch.optim.SGD) or any(rules):
         raise UsageError(
             f"the cosine rule predicts steps of plain SGD, not of {type(optimizer).__name__} with momentum, weight "
             "decay or other rules: use torch.optim.SGD with lr alone"
